@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffgap_lightning.functional.checks import check_embeddings
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def test_good_rows_come_back_untouched() -> None:
+    x = unit(4, 8)
+    assert check_embeddings(x, "audio", dim=8, unit=True) is x
+    check_embeddings(x.half(), "audio", unit=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x: x.long(), TypeError, "audio: got torch.int64 tensor"),
+        (lambda x: x[None], ValueError, r"audio: got shape \(1, 4, 8\)"),
+        (lambda x: x[:0], ValueError, "empty"),
+        (lambda x: x[:, :5], ValueError, "got dimension 5, expected 8"),
+        (lambda x: x.index_fill(0, torch.tensor([2]), float("nan")), ValueError, r"row 2\) have NaN"),
+        (lambda x: x.index_fill(0, torch.tensor([1]), float("inf")), ValueError, r"row 1\) have NaN or infinite"),
+        (lambda x: x.index_fill(0, torch.tensor([3]), 0.0), ValueError, r"row 3\) have zero vectors"),
+        (lambda x: x * 2, ValueError, "4 of 4 rows .* norm different from 1 .first: 2"),
+    ],
+)
+def test_bad_rows_are_refused_with_the_field_and_the_row(change, error, words) -> None:
+    with pytest.raises(error, match=words):
+        check_embeddings(change(unit(4, 8)), "audio", dim=8, unit=True)
+
+
+def test_a_list_is_refused_by_type() -> None:
+    with pytest.raises(TypeError, match="text: got list"):
+        check_embeddings([[1.0]], "text")
