@@ -1,0 +1,100 @@
+"""The console script `diffgap`: imports only the chosen command's module, and turns a user's mistake into one line.
+
+To add a command, add a row to `COMMANDS`: name -> (`"module:function"`, one line of help). The function's signature is
+`run(argv: list[str]) -> int`: it gets the arguments after the command's name, prints its results to stdout and its
+progress to stderr, and returns the exit status. It reports a user's mistake by raising `ValueError`, `TypeError` or
+`OSError` with a one-line message (`cli.arguments.ArgumentParser` does so for wrong flags).
+
+Exit status: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted. With `DIFFGAP_TRACEBACK=1` in the
+environment a mistake shows its traceback instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from diffgap_lightning import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("diffgap_lightning.cli.trainer:fit", "train a refiner from a YAML file"),
+    "validate": ("diffgap_lightning.cli.trainer:validate", "measure a trained run on its validation rows"),
+    "test": ("diffgap_lightning.cli.trainer:test", "measure a trained run on its test rows"),
+    "predict": ("diffgap_lightning.cli.trainer:predict", "refine the embeddings of the prediction rows"),
+    "compare": (
+        "diffgap_lightning.cli.compare:run",
+        "put the bridges and a refiner on one table, as text, JSON and HTML",
+    ),
+}
+
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def usage() -> str:
+    """The text of `diffgap --help`."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: diffgap COMMAND [ARGUMENTS]\n\n"
+        "Close the modality gap of contrastive embeddings with a small diffusion refiner.\n\n"
+        f"commands:\n{rows}\n\n"
+        "options:\n  -h, --help     this text; `diffgap COMMAND --help` explains one command\n"
+        "  --version      the installed version\n\n"
+        "example:\n  diffgap fit --config configs/quickstart.yaml"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default.
+
+    Raises:
+        SystemExit: with the exit status, unless that is 0.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(f"diffgap-lightning {__version__}")
+        return
+    status = _run(arguments[0], arguments[1:])
+    if status:
+        sys.exit(status)
+
+
+def _run(name: str, argv: list[str]) -> int:
+    """Import and run one command; every expected failure ends as one line on stderr and a status."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"diffgap: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        return _load(COMMANDS[name][0])(argv)
+    except KeyboardInterrupt:
+        print(f"\ndiffgap {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, e.g. `diffgap compare ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _USER_ERRORS as error:
+        if os.environ.get("DIFFGAP_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"diffgap {name}: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _load(target: str) -> Callable[[list[str]], int]:
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
+
+
+if __name__ == "__main__":
+    main()
