@@ -41,12 +41,14 @@ class MLPDenoiser(nn.Module):
         super().__init__()
         if width < 1 or depth < 0:
             raise ValueError(f"denoiser: got width {width}, depth {depth}; expected width >= 1 and depth >= 0")
-        self.level = LevelEmbedding(width)
-        self.condition = nn.Linear(condition_dim, width)
-        self.no_condition = nn.Parameter(torch.zeros(width))
+        # What steers the norms needs fewer dimensions than the stream: a quarter halves the parameters.
+        steer_dim = max(width // 4, 1)
+        self.level = LevelEmbedding(steer_dim)
+        self.condition = nn.Linear(condition_dim, width + steer_dim)
+        self.no_condition = nn.Parameter(torch.zeros(width + steer_dim))
         self.inputs = nn.Linear(2 * target_dim, width)
-        self.blocks = nn.ModuleList(_Block(width, round(expansion * width), dropout) for _ in range(depth))
-        self.modulation = nn.Linear(width, 2 * width)
+        self.blocks = nn.ModuleList(_Block(width, steer_dim, round(expansion * width), dropout) for _ in range(depth))
+        self.modulation = nn.Linear(steer_dim, 2 * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.output = nn.Linear(width, target_dim)
         for layer in (self.output, self.modulation):
@@ -71,8 +73,9 @@ class MLPDenoiser(nn.Module):
         known = self.condition(condition)
         if keep is not None:
             known = torch.where(keep[:, None], known, self.no_condition)
-        steer = nn.functional.silu(self.level(log_snr) + known)
-        h = self.inputs(torch.cat([residual, mean], dim=1)) + known
+        stream, steer = known.split([self.inputs.out_features, known.shape[1] - self.inputs.out_features], dim=1)
+        steer = nn.functional.silu(self.level(log_snr) + steer)
+        h = self.inputs(torch.cat([residual, mean], dim=1)) + stream
         for block in self.blocks:
             h = block(h, steer)
         scale, shift = self.modulation(steer).chunk(2, dim=1)
@@ -80,15 +83,15 @@ class MLPDenoiser(nn.Module):
 
 
 class LevelEmbedding(nn.Module):
-    """Sines and cosines of the log signal-to-noise ratio, through a two-layer network: `(B,)` to `(B, width)`."""
+    """Sines and cosines of the log signal-to-noise ratio, through a two-layer network: `(B,)` to `(B, dim)`."""
 
-    def __init__(self, width: int, num_frequencies: int = 32) -> None:
+    def __init__(self, dim: int, num_frequencies: int = 32) -> None:
         super().__init__()
         # Periods from about 100 (the whole range of log-SNR) down to about 1 nat.
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(math.log(0.06), math.log(6.0), num_frequencies)), persistent=False
         )
-        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, log_snr: Tensor) -> Tensor:
         """Embed `log_snr` `(B,)`."""
@@ -97,10 +100,10 @@ class LevelEmbedding(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, steer_dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 3 * width)
+        self.modulation = nn.Linear(steer_dim, 3 * width)
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, width))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
