@@ -19,6 +19,7 @@ Draws come from NumPy's PCG64 with explicit seeds; the global generators are nei
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -77,13 +78,16 @@ class SyntheticWorld:
         gap: float = 8.0,
     ) -> None:
         sizes = {"latent_dim": latent_dim, "num_concepts": num_concepts, "num_modes": num_modes, "dim": dim}
-        for name, size in (sizes | {"hidden_dim": hidden_dim}).items():
+        sizes["hidden_dim"] = hidden_dim
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
         for name, std in {"audio_noise": audio_noise, "text_noise": text_noise}.items():
             if not std > 0:
                 raise ValueError(f"{name}: got {std}, expected more than 0; without noise the optimum has no density")
-        self.seed, self.latent_dim, self.gap = seed, latent_dim, gap
+        scales = (mode_scale, shared_std, audio_noise, text_noise, text_gain, map_mix, gap)
+        self._parameters = (seed, *sizes.values(), *(float(scale) for scale in scales))
+        self.latent_dim = latent_dim
         self.shared_std, self.text_gain = shared_std, text_gain
         self.audio_noise, self.text_noise = audio_noise, text_noise
         normal = np.random.default_rng(seed).standard_normal
@@ -97,6 +101,11 @@ class SyntheticWorld:
         self.second_map = normal((hidden_dim, dim)) / math.sqrt(hidden_dim)
         offsets = normal((2, dim))
         self.offsets = gap * offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the world in place of an encoder: equal for equal parameters."""
+        return "synthetic-world-" + hashlib.blake2b(repr(self._parameters).encode(), digest_size=8).hexdigest()
 
     def sample(self, n: int, seed: int | Sequence[int]) -> SyntheticSample:
         """Draw `n` independent pairs; the same seed gives the same pairs."""
