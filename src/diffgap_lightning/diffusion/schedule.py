@@ -42,26 +42,33 @@ class NoiseSchedule:
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """Share of the signal's variance that is left at time `t` (any shape, in [0, 1]); 1 at t = 0."""
-        if self.name == "cosine":
-            value = torch.cos(t * (math.pi / 2)).square()
-        else:
-            value = torch.exp(-0.1 * t - 9.95 * t.square())
+        value = torch.cos(t * (math.pi / 2)).square() if self.name == "cosine" else torch.exp(_linear_log_alpha_bar(t))
         return value.clamp(min=1 / (1 + math.exp(-self.log_snr_min)), max=1.0)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(sqrt(alpha_bar), sqrt(1 - alpha_bar))`: the weights of signal and noise, each of `t`'s shape."""
-        alpha_bar = self.alpha_bar(t)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return self.alpha_bar(t).sqrt(), self._noise_share(t).sqrt()
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Log signal-to-noise ratio at time `t`, at most 16 (reached at t = 0, where it would be infinite)."""
-        alpha_bar = self.alpha_bar(t)
-        return (alpha_bar.log() - torch.log1p(-alpha_bar.clamp(max=1 - 1e-7))).clamp(max=16.0)
+        return (self.alpha_bar(t).log() - self._noise_share(t).log()).clamp(max=16.0)
+
+    def _noise_share(self, t: Tensor) -> Tensor:
+        """1 - alpha_bar, not computed by that difference: near t = 0 it would lose every digit of a single float."""
+        if self.name == "cosine":
+            value = torch.sin(t * (math.pi / 2)).square()
+        else:
+            value = -torch.expm1(_linear_log_alpha_bar(t))
+        return value.clamp(max=1 / (1 + math.exp(self.log_snr_min)))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Draw `x_t` given `x0` and `eps`, both `(B, R)`, at times `t` `(B,)`."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha[:, None] * x0 + sigma[:, None] * eps
+
+
+def _linear_log_alpha_bar(t: Tensor) -> Tensor:
+    return -0.1 * t - 9.95 * t.square()
 
 
 def sampling_times(num_steps: int, start: float = 1.0, device: torch.device | None = None) -> Tensor:
