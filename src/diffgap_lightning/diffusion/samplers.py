@@ -63,9 +63,9 @@ def sample_ddpm(
         x0 = denoise(x, t)
         if callback is not None:
             callback(i, t, x, x0)
-        ratio = alpha / alpha_s
-        kept = ratio * sigma_s.square() / sigma.square()
-        mean = kept * x + (alpha_s * (1 - ratio.square()) / sigma.square()) * x0
+        kept = (alpha / alpha_s) * (sigma_s / sigma).square()
+        # The weight of x0, alpha_s (1 - (alpha / alpha_s)^2) / sigma^2, in a form that rounding cannot hurt.
+        mean = kept * x + (alpha_s - kept * alpha) * x0
         x = mean + _posterior_std(alpha, sigma, alpha_s, sigma_s) * _randn_like(x, generator)
     return x
 
@@ -87,7 +87,8 @@ def sample_dpmpp_2m(
         # The last step ends at sigma = 0, where lambda is infinite: the exact limit of the update is its estimate.
         log_ratio = (alpha / sigma).log()
         direction = x0
-        if previous is not None and sigma_s > 0:
+        # Where the schedule clips log_snr, two times may have one lambda and there is nothing to extrapolate from.
+        if previous is not None and sigma_s > 0 and log_ratio > previous[1]:
             last_x0, last_log_ratio = previous
             step, last_step = (alpha_s / sigma_s).log() - log_ratio, log_ratio - last_log_ratio
             direction = x0 + (step / (2 * last_step)) * (x0 - last_x0)
