@@ -47,6 +47,7 @@ class EmbeddingSpace(nn.Module):
             self.register_buffer(f"{modality}_scale", torch.ones(()))
 
     @classmethod
+    @torch.no_grad()
     def fit(cls, embeddings: Mapping[str, Tensor], rank: Rank | Mapping[str, Rank] = "auto") -> EmbeddingSpace:
         """Measure a space from training rows.
 
@@ -59,6 +60,9 @@ class EmbeddingSpace(nn.Module):
         Raises:
             ValueError: unusable rows (see `check_embeddings`), fewer than 2 of them, or a rank out of range.
         """
+        if isinstance(rank, Mapping) and set(rank) != set(embeddings):
+            got, expected = (", ".join(sorted(names)) for names in (rank, embeddings))
+            raise ValueError(f"rank: got ranks of {got}, expected one for each of {expected}")
         fitted = {}
         for modality, x in embeddings.items():
             check_embeddings(x, modality, unit=True)
