@@ -102,23 +102,41 @@ def canonical_correlations(x: Tensor, y: Tensor, rank: int, shrinkage: float = 0
     Raises:
         ValueError: rank < 1, shrinkage outside [0, 1], or shapes that are not pairs.
     """
-    moments = second_moment(x), second_moment(y), second_moment(x, y)
-    w_x, w_y, correlations = canonical_from_moments(*(m / len(x) for m in moments), rank=rank, shrinkage=shrinkage)
-    return _narrow(w_x, x), _narrow(w_y, x), _narrow(correlations, x)
-
-
-def canonical_from_moments(
-    c_xx: Tensor, c_yy: Tensor, c_xy: Tensor, *, rank: int, shrinkage: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`canonical_correlations` from the float64 covariances, for trying many ranks and shrinkages on the same rows."""
     if rank < 1:
         raise ValueError(f"canonical correlations: got rank {rank}, expected at least 1")
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"canonical correlations: got shrinkage {shrinkage}, expected 0 to 1")
-    p_x, v_x = _whitening(c_xx, rank, shrinkage)
-    p_y, v_y = _whitening(c_yy, rank, shrinkage)
-    u, s, vt = torch.linalg.svd((v_x * p_x).T @ c_xy @ (v_y * p_y), full_matrices=False)
-    return (v_x * p_x) @ u, (v_y * p_y) @ vt.T, s.clamp(0, 1)
+    values_x, basis_x = principal_directions(second_moment(x) / len(x), rank)
+    values_y, basis_y = principal_directions(second_moment(y) / len(y), rank)
+    cross = basis_x.T @ (second_moment(x, y) / len(x)) @ basis_y
+    w_x, w_y, correlations = canonical_in_basis(values_x, values_y, cross, shrinkage)
+    return _narrow(basis_x @ w_x, x), _narrow(basis_y @ w_y, y), _narrow(correlations, x)
+
+
+def principal_directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues (k,), descending, and their directions (D, k); fewer where the rest is zero."""
+    values, vectors = torch.linalg.eigh(covariance)
+    k = max(1, min(rank, int((values > values[-1] * 1e-10).sum())))
+    return values[-k:].flip(0), vectors[:, -k:].flip(1)
+
+
+def canonical_in_basis(
+    values_x: Tensor, values_y: Tensor, cross: Tensor, shrinkage: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical correlations in principal coordinates, so that many ranks and shrinkages share the eigenvectors.
+
+    Args:
+        values_x: `(K_x,)` variances along the principal directions of x.
+        values_y: `(K_y,)` those of y.
+        cross: `(K_x, K_y)` covariance of the principal coordinates.
+        shrinkage: As in `canonical_correlations`.
+
+    Returns:
+        `(W_x (K_x, k), W_y (K_y, k), correlations (k,))` with k the smaller of the two.
+    """
+    p_x, p_y = (((1 - shrinkage) * v + shrinkage * v.mean()).clamp_min(1e-300).rsqrt() for v in (values_x, values_y))
+    u, s, vt = torch.linalg.svd(p_x[:, None] * cross * p_y, full_matrices=False)
+    return p_x[:, None] * u, p_y[:, None] * vt.T, s.clamp(0, 1)
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
@@ -189,15 +207,6 @@ def _gcv_minimum(values: Tensor, projected: Tensor, total: float, n: int) -> flo
     # With N <= D both sides of the ratio vanish at penalty 0: what leaves no degrees of freedom is no candidate.
     score = torch.where(left > 0.01 * n, residual / left.clamp_min(1e-12) ** 2, torch.inf)
     return float(penalty[score.argmin()])
-
-
-def _whitening(c: Tensor, rank: int, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """The first principal directions (D, k) and the scales (k,) that whiten the shrunk covariance along them."""
-    values, vectors = torch.linalg.eigh(c)
-    k = max(1, min(rank, int((values > values[-1] * 1e-10).sum())))
-    values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
-    shrunk = (1 - shrinkage) * values + shrinkage * values.mean()
-    return shrunk.clamp_min(1e-300).rsqrt(), vectors
 
 
 def _total(rows: Tensor) -> float:
