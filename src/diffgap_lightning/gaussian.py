@@ -11,6 +11,7 @@ closed form by having too few of them.
 
 S is measured on leave-one-out residuals, r / (1 - h) with the ridge leverages h, because training residuals are too
 small; both covariances are shrunk towards a multiple of the identity by R / (R + N), the weight of R prior rows.
+Its products are kept out of autocast: at low noise the estimate is the input, and has to be it to more than two digits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffgap_lightning.functional.linear import ridge, ridge_penalty_gcv
+from diffgap_lightning.functional.linear import ridge, ridge_penalty_gcv, second_moment
+
+_CHUNK = 65536  # rows in float64 at once
 
 
 class GaussianDenoiser(nn.Module):
@@ -41,12 +44,13 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("variance", torch.ones(2, target_dim))
 
     @classmethod
+    @torch.no_grad()
     def fit(cls, condition: Tensor, target: Tensor) -> GaussianDenoiser:
         """Fit on positive pairs of coordinates, `(P, R_c)` and `(P, R_t)`, whose means are (about) zero."""
         self = cls(condition.shape[1], target.shape[1]).to(target.device)
         penalty = ridge_penalty_gcv(condition, target)
         self.weight.copy_(ridge(condition, target, penalty))
-        residual = (target - condition @ self.weight) / (1 - _leverages(condition, penalty))[:, None]
+        residual = (target - self.mean(condition)) / (1 - _leverages(condition, penalty))[:, None]
         for i, rows in enumerate((residual, target)):
             variance, basis = torch.linalg.eigh(_shrunk_covariance(rows))
             self.variance[i].copy_(variance.clamp(min=1e-6))
@@ -55,7 +59,8 @@ class GaussianDenoiser(nn.Module):
 
     def mean(self, condition: Tensor, keep: Tensor | None = None) -> Tensor:
         """The ridge prediction `(B, R_t)`; zero where `keep` `(B,)` is False."""
-        mean = condition @ self.weight
+        with torch.autocast(condition.device.type, enabled=False):
+            mean = condition.to(self.weight.dtype) @ self.weight
         return mean if keep is None else mean * keep[:, None]
 
     def residual(self, x_t: Tensor, mean: Tensor, alpha: Tensor, sigma: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -77,20 +82,24 @@ class GaussianDenoiser(nn.Module):
     def _filter(self, offset: Tensor, alpha: Tensor, sigma: Tensor, index: int) -> Tensor:
         basis, variance = self.basis[index], self.variance[index]
         gain = alpha * variance / (alpha.square() * variance + sigma.square())
-        return ((offset @ basis) * gain) @ basis.T
+        with torch.autocast(offset.device.type, enabled=False):
+            return ((offset.to(basis.dtype) @ basis) * gain) @ basis.T
 
 
 def _leverages(x: Tensor, penalty: float) -> Tensor:
     """Diagonal of the ridge hat matrix `x (x'x + penalty I)^-1 x'`, `(P,)`, kept below 0.9."""
-    wide = x.double()
-    gram = wide.T @ wide + penalty * torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
-    leverage = (torch.linalg.solve(gram, wide.T).T * wide).sum(1)
-    return leverage.clamp(0, 0.9).float()
+    gram = second_moment(x)
+    gram.diagonal().add_(penalty)
+    inverse = torch.linalg.inv(gram)
+    wide = (chunk.to(inverse) for chunk in x.split(_CHUNK))
+    return torch.cat([((chunk @ inverse) * chunk).sum(1) for chunk in wide]).clamp(0, 0.9).to(x)
 
 
 def _shrunk_covariance(rows: Tensor) -> Tensor:
     n, dim = rows.shape
-    covariance = rows.T.double() @ rows.double() / n
+    covariance = second_moment(rows) / n
     share = dim / (dim + n)
-    eye = torch.eye(dim, dtype=torch.float64, device=rows.device)
-    return ((1 - share) * covariance + share * covariance.trace() / dim * eye).float()
+    prior = covariance.trace() / dim
+    covariance *= 1 - share
+    covariance.diagonal().add_(share * prior)
+    return covariance

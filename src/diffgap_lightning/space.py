@@ -6,7 +6,8 @@
 The mean is the modality's centroid: subtracting it removes the constant part of the modality gap. The basis holds the
 R leading principal directions, so that a few hundred clips do not have to fill 512 dimensions; `scale` gives the
 coordinates unit variance on average, which is what a noise schedule expects. Statistics are summed in float64 and the
-space is saved with the model: a refiner never sees an embedding in any other coordinates.
+space is saved with the model: a refiner never sees an embedding in any other coordinates. Autocast is switched off
+in both directions, so that coordinates are float32 in mixed-precision training too.
 """
 
 from __future__ import annotations
@@ -102,12 +103,19 @@ class EmbeddingSpace(nn.Module):
 
     def encode(self, embedding: Tensor, modality: str) -> Tensor:
         """Coordinates `(B, R)` float32 of embeddings `(B, D)`."""
-        return self.centre(embedding, modality) @ self.basis(modality) / self.scale(modality)
+        return self.coordinates(self.centre(embedding, modality), modality)
 
     def decode(self, coordinates: Tensor, modality: str) -> Tensor:
         """Unit embeddings `(..., D)` float32 of coordinates `(..., R)`."""
-        offset = self.scale(modality) * coordinates @ self.basis(modality).T
-        return nn.functional.normalize(self.mean(modality) + offset, dim=-1)
+        return nn.functional.normalize(self.mean(modality) + self.offset(coordinates, modality), dim=-1)
+
+    def coordinates(self, offset: Tensor, modality: str) -> Tensor:
+        """Coordinates `(..., R)` of offsets from the centroid `(..., D)`; what lies outside the basis is left out."""
+        return offset @ self.basis(modality) / self.scale(modality)
+
+    def offset(self, coordinates: Tensor, modality: str) -> Tensor:
+        """Offsets from the centroid `(..., D)` of coordinates `(..., R)`."""
+        return self.scale(modality) * coordinates @ self.basis(modality).T
 
     def shift(self, embedding: Tensor, source: str, target: str) -> Tensor:
         """The centred bridge: move the source's centroid onto the target's, `(B, D)` unit rows.
