@@ -135,6 +135,14 @@ def test_half_precision_rows_are_measured_and_encoded_in_single_precision() -> N
     torch.testing.assert_close(z, space.encode(x.half().float(), "text"))
 
 
+def test_coordinates_keep_single_precision_under_autocast(three) -> None:
+    space, x = EmbeddingSpace.fit(three), three["text"]
+    z = space.encode(x, "text")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(space.encode(x, "text"), z)
+        torch.testing.assert_close(space.decode(z.bfloat16(), "text"), space.decode(z.bfloat16().float(), "text"))
+
+
 def test_a_state_dict_restores_the_space_bit_by_bit(three) -> None:
     space = EmbeddingSpace.fit(three, rank=3)
     again = EmbeddingSpace(space.dims, space.ranks)
