@@ -1,0 +1,87 @@
+"""Tiny media files, made on the spot, and the folder of real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data beside the checkout, or the one that DIFFGAP_SHARED names; skips where it is absent."""
+    folder = Path(os.environ.get("DIFFGAP_SHARED", ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real data at {folder}")
+    return folder
+
+
+def sine(seconds: float, sample_rate: int, hz: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
+    """`(T,)` float32."""
+    return (amplitude * np.sin(2 * np.pi * hz * np.arange(round(seconds * sample_rate)) / sample_rate)).astype(
+        np.float32
+    )
+
+
+@pytest.fixture
+def make_audio() -> Callable[..., Path]:
+    """`make_audio(path, seconds=1.0, sample_rate=16000, hz=440.0, channels=1)`; the suffix decides the format."""
+    soundfile = pytest.importorskip("soundfile")
+
+    def make(path: Path, seconds: float = 1.0, sample_rate: int = 16000, hz: float = 440.0, channels: int = 1) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        signal = np.stack([sine(seconds, sample_rate, hz)] * channels, axis=1)
+        soundfile.write(path, signal, sample_rate)
+        return path
+
+    return make
+
+
+def numbered_frame(index: int, size: int = 64) -> np.ndarray:
+    """`(H, W, 3)` uint8: eight black or white columns, the bits of `index`, least significant first."""
+    bits = np.array([(index >> b) & 1 for b in range(8)], dtype=np.uint8) * 255
+    return np.broadcast_to(np.repeat(bits, size // 8)[None, :, None], (size, size, 3)).copy()
+
+
+@pytest.fixture
+def read_number() -> Callable[..., int]:
+    """The index that `numbered_frame` wrote into a `(3, H, W)` frame."""
+
+    def read(frame: object) -> int:
+        columns = np.asarray(frame, dtype=np.float64).mean(axis=(0, 1)).reshape(8, -1).mean(axis=1)
+        return int(sum(int(value > 127) << bit for bit, value in enumerate(columns)))
+
+    return read
+
+
+@pytest.fixture
+def make_video() -> Callable[..., Path]:
+    """`make_video(path, seconds=1.0, fps=10, sample_rate=16000, hz=440.0)`: numbered frames, a sine (0 Hz: mute)."""
+    av = pytest.importorskip("av")
+
+    def make(path: Path, seconds: float = 1.0, fps: int = 10, sample_rate: int = 16000, hz: float = 440.0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            video = container.add_stream("mpeg4", rate=fps)
+            video.width = video.height = 64
+            video.pix_fmt = "yuv420p"
+            audio = container.add_stream("aac", rate=sample_rate) if hz else None
+            if audio is not None:
+                audio.layout = "mono"
+            for index in range(round(seconds * fps)):
+                frame = av.VideoFrame.from_ndarray(numbered_frame(index), format="rgb24")
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+            if audio is not None:
+                frame = av.AudioFrame.from_ndarray(sine(seconds, sample_rate, hz)[None], format="fltp", layout="mono")
+                frame.sample_rate = sample_rate
+                container.mux(audio.encode(frame))
+                container.mux(audio.encode())
+        return path
+
+    return make
