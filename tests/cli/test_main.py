@@ -84,7 +84,7 @@ def test_ctrl_c_exits_130_with_one_line(command, capsys) -> None:
     assert capsys.readouterr().err.strip() == "diffgap probe: interrupted"
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("fitt", "'fit'"), ("comapre", "'compare'"), ("zzz", "commands: fit")])
+@pytest.mark.parametrize(("typed", "meant"), [("fitt", "'fit'"), ("comapre", "'compare'"), ("zzz", "there are: fit")])
 def test_an_unknown_command_names_the_nearest(typed: str, meant: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([typed])

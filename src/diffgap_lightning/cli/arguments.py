@@ -1,20 +1,62 @@
-"""An `argparse.ArgumentParser` that reports a wrong flag in one line, with the nearest flag that exists."""
+"""One-line messages for wrong flags: an `argparse` parser that gives them, and what makes jsonargparse's readable."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from typing import NoReturn
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """For the commands that are not Lightning's: raises instead of printing the whole usage."""
+    """For the commands that are not Lightning's: raises instead of printing the whole usage; takes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raise `ValueError`, which `cli.main` prints as one line with exit status 2."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            flag = message.removeprefix(prefix).split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message += f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{message}; see `{self.prog} --help`")
+        raise ValueError(f"{suggest_flag(message, self._option_string_actions)}; see `{self.prog} --help`")
+
+
+def suggest(wrong: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what there is if nothing is near."""
+    names = list(known)
+    near = difflib.get_close_matches(wrong, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names)}"
+
+
+def suggest_flag(message: str, flags: Iterable[str]) -> str:
+    """Add the nearest existing flag to a message about an unrecognized one."""
+    wrong = _UNRECOGNIZED.search(message)
+    near = difflib.get_close_matches(wrong[1], list(flags), n=1) if wrong else []
+    return f"{message}; did you mean {near[0]}?" if near else message
+
+
+def tidy(message: str) -> str:
+    r"""Jsonargparse's message about a wrong value as one line: the field, what was expected and what was got.
+
+    Example:
+        >>> tidy('Parser key "trainer.max_epochs":\n  Expected a <class \'int\'>. Got value: x')
+        '--trainer.max_epochs: expected int, got x'
+    """
+    text = " ".join(message.split())
+    for pattern, replacement in (
+        (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ", ""),
+        (r"- Expected a path but (?:(?! - ).)* - ", ""),
+        (r" ?- Expected a <class 'NoneType'>", ""),
+        (r" ?Given value type: <class '[\w.]*(?:NestedArg|dict|list)'>.*$", ""),
+        (r"(: -)? ?Given value type: <class '\w+'> Given value: (.*)$", r", got \2"),
+        (r"\. Got value: ", ", got "),
+        (r"Expected a <class '(\w+)'>", r"expected \1"),
+        (r"Expected a dot import path string: \S+( - Expected a dot import path string: \S+)*", "no such class"),
+        (r"the following arguments are required: \w+\.data", "no data: give --config FILE"),
+        (r"Problem with given class_path '([^']+)': ", r"\1: "),
+        (r'^Parser key "([^"]+)": (- )?', r"--\1: "),
+        (r'Parser key "([^"]+)": ', r"\1: "),
+    ):
+        text = re.sub(pattern, replacement, text)
+    return text

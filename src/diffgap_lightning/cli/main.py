@@ -11,13 +11,13 @@ environment a mistake shows its traceback instead.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
 from diffgap_lightning import __version__
+from diffgap_lightning.cli.arguments import suggest
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("diffgap_lightning.cli.trainer:fit", "train a refiner from a YAML file"),
@@ -71,9 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(name: str, argv: list[str]) -> int:
     """Import and run one command; every expected failure ends as one line on stderr and a status."""
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"diffgap: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        print(f"diffgap: error: unknown command {name!r}{suggest(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return _load(COMMANDS[name][0])(argv)

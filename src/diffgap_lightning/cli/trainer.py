@@ -1,0 +1,189 @@
+"""`diffgap fit | validate | test | predict`: Lightning's command line around `DiffGAPModule` and any datamodule.
+
+A run has one folder, `--trainer.default_root_dir DIR`, and everything is in it: `config.yaml`, the logs, `checkpoints/`
+(of every `ModelCheckpoint` that names no other place) and what the callbacks write, such as `refiner/` and `plots/`.
+A second `fit` into the same folder replaces these and adds another version to the logs.
+
+Values come from the YAML files and the command line alone, also with `--ckpt_path`: a checkpoint brings weights,
+optimizer and loop state, never settings. `--ckpt_path best` and `last` mean those of the run's folder; `validate`,
+`test` and `predict` read `best` unless told otherwise, because an untrained module has nothing to measure. Checkpoints
+are read with `weights_only`: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from diffgap_lightning.cli.arguments import suggest_flag, tidy
+from diffgap_lightning.training.module import DiffGAPModule
+
+CHECKPOINTS = "checkpoints"
+DEFAULT_FOLDER = "runs/diffgap"
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder when `fit` starts; it holds what is needed to start the run again."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, without the checkpoint that this call may have resumed from."""
+        if stage != "fit":
+            return
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=False)
+
+
+class DiffGAPCLI(LightningCLI):
+    """Parses and runs one of the trainer's commands.
+
+    Args:
+        command: `"fit"`, `"validate"`, `"test"` or `"predict"`; only its parser is built.
+        argv: The arguments after the command's name.
+    """
+
+    def __init__(self, command: str, argv: list[str]) -> None:
+        self._command = command
+        super().__init__(
+            DiffGAPModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={"default_root_dir": DEFAULT_FOLDER},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "diffgap", "exit_on_error": False, command: {"exit_on_error": False}},
+            args=[command, *argv],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one command that was asked for: building the other parsers would only cost time."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and settle which checkpoint is read before anything expensive is built."""
+        try:
+            self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        except argparse.ArgumentError as error:
+            flags = self._subcommand_parsers[self._command]._option_string_actions
+            message = suggest_flag(tidy(str(error)), flags)
+            raise ValueError(f"{message}; see `diffgap {self._command} --help`") from error
+        chosen = self.config[self._command]
+        chosen["ckpt_path"] = resolve_checkpoint(
+            chosen["ckpt_path"], chosen["trainer"]["default_root_dir"], self._command
+        )
+        if chosen.get("weights_only") is None:
+            chosen["weights_only"] = True
+
+    def _parse_ckpt_path(self) -> None:
+        """Overrides Lightning's: settings stored in a checkpoint never replace those that the user gave."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with its checkpoints under the run's folder."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
+        return trainer
+
+    def after_fit(self) -> None:
+        """Say where the run is."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"run: {self.trainer.default_root_dir}")
+
+
+def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | None:
+    """Which checkpoint file a command reads.
+
+    Args:
+        given: The value of `--ckpt_path`: a file, `"best"` or `"last"` of the run's folder, or None.
+        folder: The run's folder.
+        command: The command; all but `fit` read `"best"` by default.
+
+    Returns:
+        The file's path, or None to start anew.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a checkpoint.
+    """
+    if given is None and command == "fit":
+        return None
+    path = Path(folder) / CHECKPOINTS / f"{given or 'best'}.ckpt" if given in (None, "best", "last") else Path(given)
+    if path.is_dir():  # sharded checkpoints are folders: the strategy that wrote one reads it
+        return str(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--ckpt_path: {path} not found; train first with `diffgap fit --trainer.default_root_dir {folder}`, "
+            "or give another file"
+        )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--ckpt_path: {path} is not a checkpoint written by fit, or is truncated; give another one")
+    return str(path)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    """Run one command; Lightning's ways to fail become those of `cli.main`."""
+    _hush()
+    try:
+        DiffGAPCLI(command, argv)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        detail = " ".join(str(error).split("\n")[1:2]).strip()
+        raise ValueError(f"--ckpt_path: was written with other settings of the model ({detail})") from error
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning shut down cleanly and exits 1
+            raise KeyboardInterrupt from None
+        raise
+    return 0
+
+
+def _hush() -> None:
+    """Leave out what is no news to the user of this command; everything else that Lightning says stays."""
+    for message in (
+        ".*does not have many workers.*",  # tables lie in memory: no worker is right
+        ".*Checkpoint directory .* exists and is not empty.*",  # a run's folder may be used again
+        ".*WeightAveraging state cannot be restored.*",  # test reads the averaged weights, which is meant
+        ".*treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def fit(argv: list[str]) -> int:
+    """Train."""
+    return _run("fit", argv)
+
+
+def validate(argv: list[str]) -> int:
+    """Measure a trained run on its validation rows."""
+    return _run("validate", argv)
+
+
+def test(argv: list[str]) -> int:
+    """Measure a trained run on its test rows."""
+    return _run("test", argv)
+
+
+def predict(argv: list[str]) -> int:
+    """Refine the prediction rows."""
+    return _run("predict", argv)
