@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -38,3 +39,19 @@ def _backend_precision() -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+def column_mean(x: Tensor) -> Tensor:
+    """Mean row `(D,)` of `(N, D)` in float64, without a float64 copy of the rows."""
+    return widest(x).mean(0, dtype=torch.float64)
+
+
+def true_float(x: Tensor, centre: Tensor | None = None) -> Tensor:
+    """`x` in float32, or in float64 if it is, less the float64 row `centre` `(D,)`."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if centre is None else x - centre.to(x)
+
+
+def widest(x: Tensor) -> Tensor:
+    """`x` on a device that knows float64: Apple's does not, so its tensors are moved to the CPU."""
+    return x.cpu() if x.device.type == "mps" else x
