@@ -13,6 +13,10 @@ _LAZY = {
     "SyntheticWorld": "synthetic",
     "EmbeddingDataModule": "datamodules",
     "SyntheticDataModule": "datamodules",
+    "WebDatasetDataModule": "webdataset_module",
+    "write_embedding_shards": "shards",
+    "read_embedding_shards": "shard_table",
+    "verify_shards": "shard_verify",
 }
 
 __all__ = [*_LAZY]

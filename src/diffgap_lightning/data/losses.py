@@ -28,7 +28,7 @@ class ShardError(ValueError):
         self.loss = loss
 
 
-class ShardLossError(RuntimeError):
+class ShardLossError(OSError):
     """More was lost than the error budget allows."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 
 import numpy as np
 
@@ -31,6 +32,20 @@ def decode_npy(data: memoryview | bytes, name: str) -> np.ndarray:
     array = np.frombuffer(data, dtype=dtype, offset=start) if claimed else np.empty(0, dtype)
     array = array.reshape(shape, order="F" if fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def decode_npy_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, type and start of the data of a C-ordered `.npy` file.
+
+    Raises:
+        ValueError: as `decode_npy`, or a Fortran-ordered array.
+    """
+    with open(path, "rb") as file:
+        shape, fortran, dtype, start = _read_header(file.read(_HEADER_LIMIT), str(path))
+    stored = os.path.getsize(path) - start
+    if fortran or math.prod(shape) * dtype.itemsize != stored:
+        raise ValueError(f"{path}: the header claims C-ordered {shape} of {dtype}, {stored} bytes are stored")
+    return shape, dtype, start
 
 
 def npy_header(array: np.ndarray) -> bytes:

@@ -6,7 +6,7 @@ row once: rows of a modality with the same id and the same values are one row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from diffgap_lightning.data.shard_reader import BlockData, BlockReader, ShardSet
 from diffgap_lightning.data.table import EmbeddingTable
 
 Arrays = dict[str, np.ndarray]
+Keep = Callable[[np.ndarray], np.ndarray]
 
 
 def read_embedding_shards(
@@ -27,6 +28,7 @@ def read_embedding_shards(
     max_rows: int | None = None,
     seed: int = 0,
     extras: bool = True,
+    keep: Keep | None = None,
     ledger: LossLedger | None = None,
 ) -> EmbeddingTable:
     """Read shards into a table.
@@ -38,6 +40,7 @@ def read_embedding_shards(
             `"rows"` whole ids are drawn, so that what is a pair stays one.
         seed: Decides the sample.
         extras: Also string ids and columns.
+        keep: `(n,)` int64 ids -> `(n,)` bool; only rows with these ids are kept, as they are read.
         ledger: Counts blocks that cannot be read; without one the first is an error.
 
     Raises:
@@ -47,11 +50,14 @@ def read_embedding_shards(
     """
     shards = source if isinstance(source, ShardSet) else open_shards(source, modalities)
     reader = BlockReader(shards, modalities, extras)
-    if shards.manifest.kind == "rows":
+    if keep is not None:
+        parts = [select(part.arrays, keep) for part in _blocks(reader, range(len(reader)), ledger)]
+    elif shards.manifest.kind == "rows":
         parts = _read_by_id(reader, max_rows, seed, ledger)
     else:
         parts = _read_in_turn(reader, max_rows, seed, ledger)
-    return _to_table(reader, parts)
+    encoder = shards.manifest.encoder
+    return table_of(parts, reader.modalities, encoder, distinct=shards.manifest.kind == "pairs", where=shards.urls[0])
 
 
 def _blocks(reader: BlockReader, order: Sequence[int], ledger: LossLedger | None) -> Iterator[BlockData]:
@@ -93,29 +99,25 @@ def _read_by_id(reader: BlockReader, max_rows: int | None, seed: int, ledger: Lo
         return [data.arrays for data in _blocks(reader, range(len(reader)), ledger)]
     limit = np.uint64(min(1.0, 1.1 * max_rows / most) * (2**64 - 2048))
     parts = [
-        _select(reader, data.arrays, lambda ids: _scramble(ids, seed) <= limit)
+        select(data.arrays, lambda ids: scramble(ids, seed) <= limit)
         for data in _blocks(reader, range(len(reader)), ledger)
     ]
     for modality in reader.modalities:
-        values = np.sort(np.concatenate([_scramble(p[f"{modality}_id"], seed) for p in parts if f"{modality}_id" in p]))
+        values = np.sort(np.concatenate([scramble(p[f"{modality}_id"], seed) for p in parts if modality in p]))
         if len(values) > max_rows:  # below the first value that does not fit, ids are whole
             limit = min(limit, values[max_rows] - np.uint64(1))
-    return [_select(reader, part, lambda ids: _scramble(ids, seed) <= limit) for part in parts]
+    return [select(part, lambda ids: scramble(ids, seed) <= limit) for part in parts]
 
 
-def _select(reader: BlockReader, arrays: Arrays, keep: object) -> Arrays:
-    """Rows of every modality whose ids are kept."""
-    chosen: Arrays = {}
-    for modality in reader.modalities:
-        if f"{modality}_id" not in arrays:
-            continue
-        mask = keep(arrays[f"{modality}_id"])  # type: ignore[operator]
-        own = [n for n in arrays if n == modality or column_owner(n, reader.shards.manifest.modalities) == modality]
-        chosen |= {name: arrays[name][mask] for name in own}
-    return chosen
+def select(arrays: Arrays, keep: Keep) -> Arrays:
+    """Rows of every modality whose ids are kept, with their columns."""
+    modalities = [name for name in arrays if f"{name}_id" in arrays]
+    masks = {modality: keep(arrays[f"{modality}_id"]) for modality in modalities}
+    owners = {name: name if name in masks else column_owner(name, modalities) for name in arrays}
+    return {name: array[masks[str(owners[name])]] for name, array in arrays.items()}
 
 
-def _scramble(ids: np.ndarray, seed: int) -> np.ndarray:
+def scramble(ids: np.ndarray, seed: int) -> np.ndarray:
     """SplitMix64 of each id: uniform over uint64, and the same everywhere."""
     with np.errstate(over="ignore"):
         z = ids.astype(np.uint64) + np.uint64(seed % 2**63) * np.uint64(0xD1342543DE82EF95)
@@ -125,19 +127,37 @@ def _scramble(ids: np.ndarray, seed: int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def _to_table(reader: BlockReader, parts: list[Arrays]) -> EmbeddingTable:
-    manifest = reader.shards.manifest
+def table_of(
+    parts: Sequence[Arrays],
+    modalities: Sequence[str],
+    encoder: str | None = None,
+    *,
+    distinct: bool = True,
+    where: str = "shards",
+) -> EmbeddingTable:
+    """One table from arrays as `BlockReader` gives them.
+
+    Args:
+        parts: `<modality>`, `<modality>_id`, perhaps `<modality>_id.str` and columns.
+        modalities: Which of them the table gets.
+        encoder: Fingerprint of the model that made the rows.
+        distinct: Keep each row of a modality once.
+        where: Opens the error message.
+
+    Raises:
+        ValueError: a modality has no rows.
+    """
     joined: Arrays = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         joined[name] = np.concatenate([part[name] for part in parts if name in part])
-    absent = [m for m in reader.modalities if not len(joined.get(m, ()))]
+    absent = [m for m in modalities if not len(joined.get(m, ()))]
     if absent:
-        raise ValueError(f"{reader.shards.urls[0]}: no rows of {absent[0]} could be read")
+        raise ValueError(f"{where}: no rows of {absent[0]} could be read")
     embeddings, ids, names = {}, {}, {}
     columns: Arrays = {}
-    for modality in reader.modalities:
+    for modality in modalities:
         index: np.ndarray | slice = slice(None)
-        if manifest.kind == "pairs":
+        if distinct:
             index = _distinct(joined[modality], joined[f"{modality}_id"])
         stored = joined[modality][index]
         rows = torch.from_numpy(stored.astype(np.float32))
@@ -145,9 +165,10 @@ def _to_table(reader: BlockReader, parts: list[Arrays]) -> EmbeddingTable:
         ids[modality] = torch.from_numpy(joined[f"{modality}_id"][index].copy())
         if f"{modality}_id.str" in joined:
             names[modality] = joined[f"{modality}_id.str"][index]
-        own = [c for c in manifest.columns if c in joined and column_owner(c, manifest.dims) == modality]
+        taken = {modality, f"{modality}_id", f"{modality}_id.str"}
+        own = [n for n in joined if n not in taken and column_owner(n, modalities) == modality and n not in modalities]
         columns |= {name: joined[name][index] for name in own}
-    return EmbeddingTable(embeddings, ids, names, columns, manifest.encoder)
+    return EmbeddingTable(embeddings, ids, names, columns, encoder)
 
 
 def _distinct(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:

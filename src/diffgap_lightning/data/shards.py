@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def write_embedding_shards(
     split: str | None = None,
     memory: int = 256 << 20,
     overwrite: bool = False,
+    progress: Callable[[int], object] | None = None,
 ) -> Manifest:
     """Write block shards and their manifest into `folder`.
 
@@ -60,6 +61,7 @@ def write_embedding_shards(
         split: A name for the manifest, e.g. `"train"`.
         memory: About as many bytes are held while shuffling; the rest waits in temporary files beside `folder`.
         overwrite: Replace shards that are already there.
+        progress: Called with the number of rows of each block written.
 
     Returns:
         The manifest.
@@ -100,6 +102,8 @@ def write_embedding_shards(
                 blocks = _reblock_modalities(layout, chunks, rows_per_block)
             for block in blocks:
                 writer.write(block)
+                if progress is not None:
+                    progress(max(len(block[m]) for m in layout.dims if m in block))
         if not writer.shards:
             raise ValueError(f"{folder}: nothing to write: the input holds no {kind}")
         manifest = Manifest(
