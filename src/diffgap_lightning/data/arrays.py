@@ -9,20 +9,20 @@ which know only numbers, as JSON in the metadata.
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
+
+from diffgap_lightning.data.npy import decode_npy
 
 SUFFIXES = (".npz", ".safetensors")
 MAX_EXPANSION = 100
@@ -33,12 +33,11 @@ STRINGS_KEY = "strings"
 Array = np.ndarray | Tensor
 
 
-def read_arrays(path: str | os.PathLike[str], skip: tuple[str, ...] = ()) -> dict[str, Array]:
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     """Read every array of a file.
 
     Args:
         path: A `.npz` or `.safetensors` file.
-        skip: Fields that are not needed and not read.
 
     Returns:
         Field name -> array; strings as NumPy unicode arrays, bfloat16 as a torch tensor because NumPy has no such type.
@@ -54,10 +53,10 @@ def read_arrays(path: str | os.PathLike[str], skip: tuple[str, ...] = ()) -> dic
         raise FileNotFoundError(f"{path}: {found}; expected an embedding table ({' or '.join(SUFFIXES)})")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes); write or copy it again")
-    return _read_npz(path, skip) if path.suffix == ".npz" else _read_safetensors(path, skip)
+    return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
 
 
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> Path:
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> Path:
     """Write named arrays atomically: to a temporary name in the same folder, then renamed into place.
 
     Raises:
@@ -66,7 +65,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> P
     path = Path(path)
     check_suffix(path)
     for name, array in arrays.items():
-        if isinstance(array, np.ndarray) and array.dtype.kind not in "fiubU":
+        if array.dtype.kind not in "fiubU":
             raise ValueError(f"{path}: {name}: got dtype {array.dtype}, expected numbers or strings; convert it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, work = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -88,13 +87,12 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}; convert the file")
 
 
-def _read_npz(path: Path, skip: tuple[str, ...]) -> dict[str, Array]:
+def _read_npz(path: Path) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_members(path, members)
-            wanted = [m for m in members if m.filename.removesuffix(".npy") not in skip]
-            return {m.filename.removesuffix(".npy"): _read_member(path, archive, m) for m in wanted}
+            return {m.filename.removesuffix(".npy"): _read_member(path, archive, m) for m in members}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable .npz file ({error}); truncated or damaged: copy it again") from error
 
@@ -117,49 +115,26 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    name = member.filename.removesuffix(".npy")
+    data = memoryview(bytearray(member.file_size))
+    done = 0
     with archive.open(member) as file:
-        shape, dtype, start = _read_header(path, name, file)
-    claimed = math.prod(shape) * dtype.itemsize
-    stored = member.file_size - start
-    if claimed != stored:
-        raise ValueError(
-            f"{path}: {name}: the header claims shape {shape} of {dtype} ({claimed} bytes) but {stored} are stored; "
-            "the file is damaged: write it again"
-        )
-    with archive.open(member) as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-    return array.astype(dtype.newbyteorder("="), copy=False)
+        while block := file.read(1 << 20):
+            data[done : done + len(block)] = block
+            done += len(block)
+    if done < len(data):
+        raise EOFError(f"{member.filename} has {done} of {len(data)} bytes")
+    return decode_npy(data, f"{path}: {member.filename.removesuffix('.npy')}")
 
 
-def _read_header(path: Path, name: str, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
-    """`(shape, dtype, bytes before the data)` of one `.npy` entry, nothing of the data read."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"format version {version}")
-        parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = parse(file)
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: {name}: not a readable .npy header ({reason}); write the file again") from error
-    if dtype.hasobject:
-        raise ValueError(f"{path}: {name}: holds Python objects, which are never unpickled; store numbers or strings")
-    if dtype.kind not in "fiubU" or any(n < 0 for n in shape):
-        raise ValueError(f"{path}: {name}: got shape {shape} of {dtype}, expected an array of numbers or strings")
-    return shape, dtype, file.tell()
-
-
-def _read_safetensors(path: Path, skip: tuple[str, ...]) -> dict[str, Array]:
+def _read_safetensors(path: Path) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     try:
         with safe_open(path, framework="pt") as file:
             strings = (file.metadata() or {}).get(STRINGS_KEY, "{}")
             for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if name not in skip:
-                    tensor = file.get_tensor(name)
-                    arrays[name] = tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    except (SafetensorError, OSError, ValueError) as error:
+                tensor = file.get_tensor(name)
+                arrays[name] = tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: not a readable .safetensors file ({reason}); truncated or damaged: copy it again"
@@ -167,8 +142,7 @@ def _read_safetensors(path: Path, skip: tuple[str, ...]) -> dict[str, Array]:
     for name, array in _parse_strings(path, strings).items():
         if name in arrays:
             raise ValueError(f"{path}: {name}: stored twice, as numbers and as strings; write it again, once a name")
-        if name not in skip:
-            arrays[name] = array
+        arrays[name] = array
     return arrays
 
 
@@ -187,20 +161,20 @@ def _is_strings(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _write_npz(work: Path, path: Path, arrays: Mapping[str, Array]) -> None:
+def _write_npz(work: Path, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(work, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _write_safetensors(work: Path, path: Path, arrays: Mapping[str, Array]) -> None:
-    strings = {n: a.tolist() for n, a in arrays.items() if isinstance(a, np.ndarray) and a.dtype.kind == "U"}
+def _write_safetensors(work: Path, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    strings = {n: a.tolist() for n, a in arrays.items() if a.dtype.kind == "U"}
     text = json.dumps(strings, ensure_ascii=False)
     if len(text.encode()) > MAX_METADATA:
         raise ValueError(
             f"{path}: {', '.join(strings)}: {len(text.encode())} bytes of strings, a .safetensors header holds "
             f"{MAX_METADATA}; write a .npz file, or shards"
         )
-    tensors = {name: torch.as_tensor(array).contiguous() for name, array in arrays.items() if name not in strings}
-    save_file(tensors, work, metadata={STRINGS_KEY: text})
+    numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in strings}
+    save_file(numbers, work, metadata={STRINGS_KEY: text})

@@ -112,9 +112,8 @@ class PairBatches(Dataset[Batch]):
         rows = self.pairs.rows(permuted(positions, len(self.pairs), (self.seed, epoch)))
         batch = {}
         for modality, index in rows.items():
-            where = torch.from_numpy(index)
-            batch[modality] = self.embeddings[modality].index_select(0, where)
-            batch[f"{modality}_id"] = self.ids[modality].index_select(0, where)
+            batch[modality] = _gather(self.embeddings[modality], index)
+            batch[f"{modality}_id"] = _gather(self.ids[modality], index)
         return batch
 
 
@@ -143,7 +142,7 @@ class RowBatches(Dataset[Batch]):
     ) -> None:
         self.embeddings, self.ids = dict(embeddings), dict(ids)
         self.rank, self.world_size = rank, world_size
-        self._order = {modality: torch.argsort(values, stable=True) for modality, values in ids.items()}
+        self._order = {modality: np.argsort(values.cpu().numpy(), kind="stable") for modality, values in ids.items()}
         self._steps = math.ceil(max(len(values) for values in ids.values()) / (batch_size * world_size))
 
     def __len__(self) -> int:
@@ -159,10 +158,15 @@ class RowBatches(Dataset[Batch]):
         batch = {}
         for modality, order in self._order.items():
             rows = order[len(order) * part // parts : len(order) * (part + 1) // parts]
-            batch[modality] = self.embeddings[modality].index_select(0, rows)
-            batch[f"{modality}_id"] = self.ids[modality].index_select(0, rows)
-            batch[f"{modality}_row"] = rows.clone()
+            batch[modality] = _gather(self.embeddings[modality], rows)
+            batch[f"{modality}_id"] = _gather(self.ids[modality], rows)
+            batch[f"{modality}_row"] = torch.from_numpy(rows.copy())
         return batch
+
+
+def _gather(x: Tensor, rows: np.ndarray) -> Tensor:
+    """`x[rows]` by NumPy, on one thread: torch's threads would wait for each other on a busy CPU."""
+    return torch.from_numpy(x.numpy().take(rows, axis=0))
 
 
 class StepSampler(DistributedSampler[Item]):
@@ -191,7 +195,10 @@ class StepSampler(DistributedSampler[Item]):
 
 
 class StepLoader(DataLoader[Batch]):
-    """A loader of whole batches that knows how far it is: Lightning stores its state and resumes at the next batch."""
+    """A loader of whole batches that knows how far it is: Lightning stores its state and resumes at the next batch.
+
+    `Trainer(overfit_batches=...)` puts a plain sampler in place of ours: the same steps, always of epoch 0.
+    """
 
     sampler: StepSampler
     _step = 0
@@ -199,22 +206,22 @@ class StepLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of the present epoch; a step is counted as its batch is handed out, not as it is prefetched."""
         batches = super().__iter__()
-        self._step, self.sampler.first_step = self.sampler.first_step, 0
+        self._step, self.sampler.first_step = getattr(self.sampler, "first_step", 0), 0
         for batch in batches:
             self._step += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, steps handed out of it, and steps it has; the same on every rank."""
-        return {"epoch": self.sampler.epoch, "step": self._step, "num_steps": self.sampler.num_steps}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "step": self._step, "num_steps": len(self.sampler)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on after a stored step; an epoch of another length begins again, with a warning."""
         self.sampler.epoch, self.sampler.first_step = state["epoch"], state["step"]
-        if state["num_steps"] != self.sampler.num_steps:
+        if state["num_steps"] != len(self.sampler):
             self.sampler.first_step = 0
             warnings.warn(
-                f"the interrupted epoch had {state['num_steps']} steps, now it has {self.sampler.num_steps} (other "
+                f"the interrupted epoch had {state['num_steps']} steps, now it has {len(self.sampler)} (other "
                 "data, batch size or number of processes): it begins again at its first step",
                 stacklevel=2,
             )

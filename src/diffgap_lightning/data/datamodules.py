@@ -49,6 +49,8 @@ class TableDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        if seed < 0:
+            raise ValueError(f"seed: got {seed}, expected 0 or more")
         if predict_split not in SPLITS:
             raise ValueError(f"predict_split: got {predict_split!r}, expected one of {', '.join(SPLITS)}")
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
@@ -175,6 +177,10 @@ class EmbeddingDataModule(TableDataModule):
             raise ValueError(f"got fold={fold} and test_path={test_path}; the test split is one or the other")
         if fold is None and val_fold is not None:
             raise ValueError(f"got val_fold={val_fold} without fold; name the test fold too")
+        if val_fold is not None and val_path is not None:
+            raise ValueError(
+                f"got val_fold={val_fold} and val_path={val_path}; the validation split is one or the other"
+            )
         self.path, self.val_path, self.test_path = Path(path), val_path, test_path
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.fold, self.val_fold, self.fold_column = fold, val_fold, fold_column

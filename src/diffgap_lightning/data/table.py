@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffgap_lightning.data.arrays import Array, read_arrays, write_arrays
+from diffgap_lightning.data import table_fields as fields
+from diffgap_lightning.data.arrays import read_arrays, write_arrays
 from diffgap_lightning.functional.checks import check_embeddings
-from diffgap_lightning.functional.pairs import hash_ids
 
 Index = Tensor | np.ndarray | Sequence[int]
 
@@ -154,16 +154,18 @@ class EmbeddingTable:
         """
         path = Path(path)
         arrays = read_arrays(path)
-        chosen = _find_modalities(path, arrays, modalities)
+        chosen = fields.find_modalities(path, arrays, modalities)
         embeddings, ids, names = {}, {}, {}
         for modality in chosen:
-            rows = _to_rows(f"{path}: {modality}", arrays[modality], (dims or {}).get(modality), normalize)
+            rows = fields.to_rows(f"{path}: {modality}", arrays[modality], (dims or {}).get(modality), normalize)
             embeddings[modality] = rows
-            ids[modality], strings = _to_ids(f"{path}: {modality}_id", arrays[f"{modality}_id"], len(rows))
+            ids[modality], strings = fields.to_ids(f"{path}: {modality}_id", arrays[f"{modality}_id"], len(rows))
             if strings is not None:
                 names[modality] = strings
-        _check_same_kind(path, chosen, names)
-        table = cls(embeddings, ids, names, _find_columns(path, arrays, embeddings), _find_encoder(path, arrays))
+        fields.check_same_kind(path, chosen, names)
+        table = cls(
+            embeddings, ids, names, fields.find_columns(path, arrays, embeddings), fields.find_encoder(path, arrays)
+        )
         if require_pairs:
             _check_pairs(table, str(path))
         return table
@@ -175,7 +177,7 @@ class EmbeddingTable:
             ValueError: another suffix, or rows that `read` would refuse.
         """
         self.check(str(path))
-        arrays: dict[str, Array] = {}
+        arrays: dict[str, np.ndarray] = {}
         for modality in self.modalities:
             arrays[modality] = self.embeddings[modality].detach().cpu().numpy()
             arrays[f"{modality}_id"] = self.names.get(modality, self.ids[modality].cpu().numpy())
@@ -185,92 +187,10 @@ class EmbeddingTable:
         return write_arrays(path, arrays)
 
     def _owner(self, column: str) -> str:
-        owner = _owner(column, self.embeddings)
+        owner = fields.owner_of(column, self.embeddings)
         if owner is None:
             raise ValueError(f"{column}: belongs to none of {list(self.embeddings)}; name it <modality>_<column>")
         return owner
-
-
-def _owner(name: str, modalities: Iterable[str]) -> str | None:
-    """The modality that a column belongs to: the longest one that, with `_`, opens its name."""
-    return max((m for m in modalities if name.startswith(f"{m}_")), key=len, default=None)
-
-
-def _find_modalities(path: Path, arrays: Mapping[str, Array], wanted: Sequence[str] | None) -> list[str]:
-    found = [name for name in arrays if f"{name}_id" in arrays]
-    for name, array in arrays.items():
-        if name not in found and array.ndim == 2 and _owner(name, found) is None:
-            raise ValueError(f"{path}: {name}: no {name}_id beside it; add (N,) ids: equal ids are positive pairs")
-        if name.endswith("_id") and name.removesuffix("_id") not in found and _owner(name, found) is None:
-            raise ValueError(f"{path}: {name}: no {name.removesuffix('_id')} beside it; add its (N, D) rows")
-    missing = [name for name in wanted or () if name not in found]
-    if missing or not found:
-        what = f"no {missing[0]} and {missing[0]}_id" if missing else "no <modality> with <modality>_id"
-        raise ValueError(f"{path}: {what} among its fields ({', '.join(arrays) or 'none'})")
-    return list(wanted) if wanted is not None else found
-
-
-def _to_rows(name: str, array: Array, dim: int | None, normalize: bool) -> Tensor:
-    """Checked `(N, D)` float32 unit rows."""
-    if isinstance(array, np.ndarray) and array.dtype.kind != "f":
-        raise ValueError(f"{name}: got {array.dtype}, expected floating (N, D) rows; convert with .astype('float32')")
-    if isinstance(array, np.ndarray) and array.dtype.itemsize > 8:
-        array = array.astype(np.float64)
-    rows = check_embeddings(torch.as_tensor(array), name, dim=dim)
-    if not normalize:
-        try:
-            check_embeddings(rows, name, unit=True)
-        except ValueError as error:
-            raise ValueError(f"{error}, or read with normalize=True") from error
-    half = rows.dtype in (torch.float16, torch.bfloat16)
-    rows = rows.float()
-    return torch.nn.functional.normalize(rows, dim=1) if half or normalize else rows
-
-
-def _to_ids(name: str, array: Array, rows: int) -> tuple[Tensor, np.ndarray | None]:
-    """`(ids, strings)`: int64 ids, and the original ids where they are strings."""
-    if array.ndim != 1 or len(array) != rows:
-        raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected ({rows},): one id a row")
-    if isinstance(array, Tensor) or array.dtype.kind not in "iuU":
-        raise ValueError(f"{name}: got {array.dtype}, expected integers or strings; convert it with .astype('int64')")
-    if array.dtype.kind == "U":
-        return hash_ids(array.tolist()), array
-    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: got {array.max()}, which int64 cannot hold; use smaller ids or strings")
-    return torch.from_numpy(array.astype(np.int64)), None
-
-
-def _check_same_kind(path: Path, modalities: Sequence[str], names: Mapping[str, np.ndarray]) -> None:
-    numbers = [modality for modality in modalities if modality not in names]
-    if names and numbers:
-        raise ValueError(
-            f"{path}: {numbers[0]}_id holds integers but {next(iter(names))}_id strings, which can never be equal; "
-            "use one kind for all modalities"
-        )
-
-
-def _find_columns(path: Path, arrays: Mapping[str, Array], embeddings: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    columns = {}
-    for name, array in arrays.items():
-        owner = _owner(name, embeddings)
-        if owner is None or name in embeddings or name.removesuffix("_id") in arrays and name.endswith("_id"):
-            continue
-        if array.ndim == 0 or len(array) != len(embeddings[owner]):
-            rows = len(embeddings[owner])
-            raise ValueError(
-                f"{path}: {name}: got shape {tuple(array.shape)}, expected ({rows}, ...): one a {owner} row"
-            )
-        columns[name] = array if isinstance(array, np.ndarray) else array.float().numpy()
-    return columns
-
-
-def _find_encoder(path: Path, arrays: Mapping[str, Array]) -> str | None:
-    encoder = arrays.get("encoder")
-    if encoder is None:
-        return None
-    if not isinstance(encoder, np.ndarray) or encoder.ndim or encoder.dtype.kind != "U":
-        raise ValueError(f"{path}: encoder: got shape {tuple(encoder.shape)} of {encoder.dtype}, expected one string")
-    return str(encoder)
 
 
 def _check_pairs(table: EmbeddingTable, where: str) -> None:
