@@ -111,11 +111,13 @@ class EmbeddingSpace(nn.Module):
 
     def coordinates(self, offset: Tensor, modality: str) -> Tensor:
         """Coordinates `(..., R)` of offsets from the centroid `(..., D)`; what lies outside the basis is left out."""
-        return offset @ self.basis(modality) / self.scale(modality)
+        with torch.autocast(offset.device.type, enabled=False):
+            return offset.float() @ self.basis(modality) / self.scale(modality)
 
     def offset(self, coordinates: Tensor, modality: str) -> Tensor:
         """Offsets from the centroid `(..., D)` of coordinates `(..., R)`."""
-        return self.scale(modality) * coordinates @ self.basis(modality).T
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return self.scale(modality) * coordinates.float() @ self.basis(modality).T
 
     def shift(self, embedding: Tensor, source: str, target: str) -> Tensor:
         """The centred bridge: move the source's centroid onto the target's, `(B, D)` unit rows.
