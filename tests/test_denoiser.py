@@ -54,6 +54,14 @@ def test_a_few_steps_of_training_lower_the_error() -> None:
     assert after < 0.8 * before
 
 
+def test_blocks_are_open_before_training_and_unsteered() -> None:
+    h, steer = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.ones(8, 4)
+    for block in network().blocks:
+        centred = h - h.mean(1, keepdim=True)
+        normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(block(h, steer), h + block.layers(normed), rtol=1e-5, atol=1e-5)
+
+
 def test_a_dropped_condition_leaves_no_trace_in_the_output() -> None:
     net, inputs = train(network(), 4), batch()
     changed = inputs | {"condition": batch(seed=1)["condition"]}

@@ -164,6 +164,17 @@ def test_a_new_space_is_the_identity() -> None:
     torch.testing.assert_close(space.decode(x, "text"), x)
 
 
+def test_offsets_and_coordinates_are_each_others_inverse_within_the_basis(three) -> None:
+    space = EmbeddingSpace.fit(three, rank=3)
+    z = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    offset = space.offset(z, "audio")
+    assert offset.shape == (2, 5, 9)
+    torch.testing.assert_close(space.coordinates(offset, "audio"), z, rtol=1e-5, atol=1e-5)
+    centred = space.centre(three["audio"], "audio")
+    outside = centred - space.offset(space.encode(three["audio"], "audio"), "audio")
+    torch.testing.assert_close(outside @ space.basis("audio"), torch.zeros(200, 3), rtol=0, atol=1e-6)
+
+
 def test_centre_removes_the_centroid(three) -> None:
     space = EmbeddingSpace.fit(three)
     centred = space.centre(three["audio"], "audio")

@@ -197,13 +197,27 @@ def test_a_ddpm_step_is_the_textbook_posterior(t, s) -> None:
     # Ho et al. 2020, equations 6 and 7, with beta = 1 - alpha_bar_t / alpha_bar_s.
     bar_t, bar_s = COSINE.alpha_bar(torch.tensor([t, s], dtype=torch.float64))
     beta = 1 - bar_t / bar_s
-    x, x0, z = torch.randn(3, 4, 2, generator=seeded(5), dtype=torch.float64)
+    x, x0 = torch.randn(2, 4, 2, generator=seeded(5), dtype=torch.float64)
     mean = (bar_s.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - bar_s) * x) / (1 - bar_t)
     variance = beta * (1 - bar_s) / (1 - bar_t)
     z = torch.randn(4, 2, generator=seeded(6), dtype=torch.float64)
     at = torch.tensor([t, s], dtype=torch.float64)
     out = sample_ddpm(lambda x_t, time: x0, x, COSINE, at, generator=seeded(6))
     torch.testing.assert_close(out, mean + variance.sqrt() * z, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_ddim_step_replaces_the_share_eta_of_the_implied_noise_by_fresh_noise(eta) -> None:
+    # Song et al. 2021, equations 12 and 16.
+    at = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    bar_t, bar_s = COSINE.alpha_bar(at)
+    std = eta * ((1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)).sqrt()
+    x, x0 = torch.randn(2, 4, 2, generator=seeded(5), dtype=torch.float64)
+    z = torch.randn(4, 2, generator=seeded(6), dtype=torch.float64)
+    eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()
+    expected = bar_s.sqrt() * x0 + (1 - bar_s - std**2).sqrt() * eps + std * z
+    out = sample_ddim(lambda x_t, time: x0, x, COSINE, at, eta=eta, generator=seeded(6))
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
