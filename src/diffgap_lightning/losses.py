@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -68,6 +69,13 @@ def contrastive_loss(
     return (logits.logsumexp(1) - logits.masked_fill(~positive, -torch.inf).logsumexp(1)).mean()
 
 
+def noise_rows(batch_size: int, share_of_noise: float) -> int:
+    """How many rows of a batch are put at t = 1: the share, rounded up."""
+    if not 0.0 <= share_of_noise <= 1.0:
+        raise ValueError(f"share_of_noise: got {share_of_noise}, expected a number from 0 to 1")
+    return min(batch_size, math.ceil(share_of_noise * batch_size - 1e-6))  # 0.07 * 100 is 7.000000000000001
+
+
 def stratified_times(
     batch_size: int, share_of_noise: float, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
@@ -82,9 +90,7 @@ def stratified_times(
         generator: Source of randomness, on `device`.
         device: Where the times are made.
     """
-    if not 0.0 <= share_of_noise <= 1.0:
-        raise ValueError(f"share_of_noise: got {share_of_noise}, expected a number from 0 to 1")
-    count = min(batch_size, -int(-share_of_noise * batch_size // 1))
+    count = noise_rows(batch_size, share_of_noise)
     rest = batch_size - count
     offset = torch.rand((), generator=generator, device=device)
     t = (torch.arange(rest, device=device) + offset) / max(rest, 1)
@@ -109,13 +115,13 @@ def split_batch(
     """
     if split not in get_args(Split):
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(get_args(Split))}")
+    chosen = {"forward": directions[0::2], "backward": directions[1::2]}.get(split, directions)
+    count = len(chosen)
+    if count < 1 or (split not in ("joint", "alternate") and count > batch_size):
+        raise ValueError(f"split {split!r}: got {batch_size} rows for {count} directions, expected at least one each")
     if split == "alternate":
         return {directions[step % len(directions)]: slice(0, batch_size)}
     if split == "joint":
         return dict.fromkeys(directions, slice(0, batch_size))
-    chosen = {"bst": directions, "forward": directions[0::2], "backward": directions[1::2]}[split]
-    count = len(chosen)
-    if not 1 <= count <= batch_size:
-        raise ValueError(f"split {split!r}: got {batch_size} rows for {count} directions, expected at least one each")
     edges = [batch_size * i // count for i in range(count + 1)]
     return {d: slice(edges[(i + step) % count], edges[(i + step) % count + 1]) for i, d in enumerate(chosen)}
