@@ -47,6 +47,6 @@ def stream_seconds(container: Any, stream: Any) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a decoder's complaint."""
-    text = str(error).strip().splitlines()
+    """The first line of a decoder's complaint, without the file's name, so that equal reasons can be counted."""
+    text = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:120]
