@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -165,8 +166,19 @@ def test_finished_parts_are_not_embedded_again(
     assert summary.rows == {"text": 14}
     assert not parts.exists()
 
-    done = CountingEncoder()
-    assert embed_corpus(corpus, done, out, text, **OPTIONS) == summary  # complete: nothing is done
+
+def test_nothing_left_but_the_shards(corpus: CatalogCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text, done = tmp_path / "out", settings(modalities=("text",)), CountingEncoder()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffgap_lightning.embedding.merge.PartStore.remove", lambda self: None)
+        summary = embed_corpus(corpus, encoder(), out, text, **OPTIONS)  # killed after the shards, before the parts go
+    assert summary is not None
+    assert out.with_name("out.parts").is_dir()
+    again = embed_corpus(corpus, done, out, text, **OPTIONS)
+    assert again is not None
+    assert dataclasses.replace(again, seconds=summary.seconds) == summary
+    assert not out.with_name("out.parts").exists()
+    assert embed_corpus(corpus, done, out, text, **OPTIONS) == again  # complete: not even Lightning starts
     assert done.seen == []
 
 
