@@ -1,5 +1,6 @@
 """What watches a refiner's training."""
 
 from diffgap_lightning.training.callbacks.embedding_map import EmbeddingMap
+from diffgap_lightning.training.callbacks.save_refiner import SaveRefiner
 
-__all__ = ["EmbeddingMap"]
+__all__ = ["EmbeddingMap", "SaveRefiner"]

@@ -1,0 +1,426 @@
+"""The refiner: what a trained DiffGAP is used through, with or without Lightning.
+
+    refiner = DiffGAPRefiner.from_pretrained("runs/quickstart/refiner")
+    audio_like = refiner.refine(text_embedding, source="text", target="audio")     # (B, D) -> (B, D)
+    similarity = refiner.score(text, audio, source="text", target="audio")         # (Q, G)
+
+`refine` starts somewhere and denoises the rest of the way, conditioned on the source embedding:
+
+    start="posterior_mean"   E[target | source], blended with the centred source and brought back to the target's
+                             variance (regression alone shrinks off the data's manifold)
+    start="source"           the source embedding with its centroid moved onto the target's
+    strength                 how far back the start is noised: 0 returns the start itself, 1 is pure noise
+
+`score` never samples. It adds up similarities, each an inner product of features of query and gallery row alone: the
+closed-form bridges' scores and the contrastive diffusion modules' posterior means in both directions. Their weights are
+fitted on validation (see `fusion.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffgap_lightning.bridges import Bridge, CCABridge, CentreBridge, ProcrustesBridge, RidgeBridge
+from diffgap_lightning.cdm import ContrastiveDiffusion
+from diffgap_lightning.checkpoint import load_folder, save_folder
+from diffgap_lightning.denoiser import MLPDenoiser
+from diffgap_lightning.diffusion.guidance import Denoise
+from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp_2m
+from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
+from diffgap_lightning.functional.checks import check_embeddings
+from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.fusion import fit_weights, fuse
+from diffgap_lightning.gaussian import GaussianDenoiser
+from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
+from diffgap_lightning.space import EmbeddingSpace, Rank
+
+# The closed forms that the fused score may draw on.
+_BRIDGES: dict[str, type[Bridge]] = {
+    "centre": CentreBridge,
+    "ridge": RidgeBridge,
+    "procrustes": ProcrustesBridge,
+    "cca": CCABridge,
+}
+# Weights before there is a validation, and where it is small: the centred cosine, and a little of what corrects it.
+_NETWORK = ("forward", "backward")
+_PRIOR_WEIGHTS = {"centre": 1.0, "cca": 0.3, "forward": 0.3, "backward": 0.3}
+
+
+class DiffGAPRefiner(nn.Module):
+    """Refines and scores embeddings across modalities; made by `measure` or `from_pretrained`.
+
+    Args:
+        config: What to build.
+        space: The coordinates.
+        closed_forms: Fitted Gaussian denoiser of each direction.
+        bridges: Fitted closed-form bridges of all pairs, by name.
+    """
+
+    def __init__(
+        self,
+        config: RefinerConfig,
+        space: EmbeddingSpace,
+        closed_forms: Mapping[Direction, GaussianDenoiser],
+        bridges: Mapping[str, Bridge],
+    ) -> None:
+        super().__init__()
+        self.config, self.space = config, space
+        self.bridges = nn.ModuleDict(bridges)
+        self.cdm = nn.ModuleDict()
+        for source, target in config.directions:
+            network = MLPDenoiser(
+                config.ranks[target], config.ranks[source], config.width, config.depth, dropout=config.dropout
+            )
+            schedule = NoiseSchedule(config.schedule)
+            closed_form = closed_forms[source, target]
+            self.cdm[direction_name(source, target)] = ContrastiveDiffusion(
+                closed_form, network, schedule, config.prediction
+            )
+
+    @classmethod
+    def measure(
+        cls,
+        embeddings: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
+        pairs: Sequence[Direction] | None = None,
+        rank: Rank | Mapping[str, Rank] = "auto",
+        max_pairs: int = 100_000,
+        **choices: Any,
+    ) -> DiffGAPRefiner:
+        """Fit everything that needs no training: the space, the Gaussian denoisers and the bridges.
+
+        The result already refines and scores; training the denoisers' networks improves it from there.
+
+        Args:
+            embeddings: Modality to training rows `(N, D)` of unit norm.
+            ids: Modality to `(N,)`; equal ids are positive pairs.
+            pairs: (source, target) pairs; default: text to audio where both are there, otherwise all.
+            rank: See `EmbeddingSpace.fit`.
+            max_pairs: A fixed random subset of so many positive pairs is fitted on.
+            **choices: Other fields of `RefinerConfig`.
+
+        Raises:
+            ValueError: unusable rows, or a pair of modalities without a common id.
+        """
+        pairs = tuple(pairs or _default_pairs(embeddings))
+        wanted = {m: embeddings[m] for m in embeddings if any(m in p for p in pairs)}
+        missing = sorted({m for p in pairs for m in p} - set(wanted))
+        if missing:
+            raise ValueError(f"pairs: got {missing[0]}, but the data has only {', '.join(embeddings)}")
+        space = EmbeddingSpace.fit(wanted, rank)
+        config = RefinerConfig(tuple(pairs), space.dims, space.ranks, **choices)
+        coordinates = {m: space.encode(x, m) for m, x in wanted.items()}
+        closed_forms = {}
+        for source, target in config.directions:
+            i, j = _some_pairs(ids[source], ids[target], max_pairs, f"{source} and {target}")
+            closed_forms[source, target] = GaussianDenoiser.fit(coordinates[source][i], coordinates[target][j])
+        same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
+        usable = {name: bridge for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
+        bridges = {name: bridge().fit(wanted, ids, config.directions) for name, bridge in usable.items()}
+        config = replace(config, bridges={name: bridge.to_parts()[0] for name, bridge in bridges.items()})
+        refiner = cls(config, space, closed_forms, bridges).eval()
+        restore = {
+            direction_name(s, t): _restoring(refiner.start_energy(wanted[s][:4096], source=s, target=t))
+            for s, t in config.directions
+        }
+        fusion = {
+            direction_name(*pair): {k: w for k, w in _PRIOR_WEIGHTS.items() if k in bridges or k in _NETWORK}
+            for pair in config.pairs
+        }
+        refiner.config = replace(config, restore=restore, fusion=fusion)
+        return refiner
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Ordered (source, target) pairs."""
+        return self.config.directions
+
+    @torch.no_grad()
+    def refine(
+        self,
+        embedding: Tensor,
+        *,
+        source: str,
+        target: str,
+        num_steps: int | None = None,
+        num_samples: int = 1,
+        strength: float | None = None,
+        guidance_scale: float | None = None,
+        start: Start | None = None,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Carry embeddings of one modality to where the other modality's lie.
+
+        Args:
+            embedding: `(B, D)`; it is not changed.
+            source: Its modality.
+            target: The modality to move to.
+            num_steps: Sampler steps, from 1; default: the refiner's.
+            num_samples: Samples for each row.
+            strength: How far back the start is noised, 0 (the start itself) to 1 (pure noise). Default: the refiner's,
+                with its start. Given alone, the start is `"source"`, as image-to-image pipelines mean it: 0 is the
+                centred input.
+            guidance_scale: Above 1 overstates the condition; default 1.
+            start: `"posterior_mean"` or `"source"`.
+            sampler: `"dpmpp_2m"`, `"ddim"` or `"ddpm"`.
+            generator: Source of the noise; on its own device or the embedding's.
+
+        Returns:
+            `(B, D_target)`, or `(B, num_samples, D_target)` for more than one sample, of unit norm, in the dtype and on
+            the device of `embedding`.
+
+        Raises:
+            ValueError: unusable rows, a direction that was not trained, options out of range.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
+        cdm, config = self.cdm_of(source, target), self.config
+        check_embeddings(embedding, source, dim=config.dims[source])
+        if start is None:
+            start = config.start if strength is None else "source"
+        strength = config.strength if strength is None else strength
+        times = sampling_times(num_steps or config.num_steps, strength, self.space.mean(source).device)
+        rows = nn.functional.normalize(embedding.to(times.device, torch.float32), dim=1)
+        offset = self._start(rows, source, target, start).repeat_interleave(num_samples, 0)
+        if strength > 0:
+            condition = self.space.encode(rows, source).repeat_interleave(num_samples, 0)
+            denoise = cdm.denoiser(condition, 1.0 if guidance_scale is None else guidance_scale)
+            z = self.space.coordinates(offset, target)
+            noisy = cdm.schedule.add_noise(z, _randn_like(z, generator), times[:1].expand(len(z)))
+            clean = _sample(sampler or config.sampler, denoise, noisy, cdm.schedule, times, generator)
+            # What lies outside the basis is not diffused: it stays what the start has there.
+            offset = offset + self.space.offset(clean - z, target)
+        out = nn.functional.normalize(self.space.mean(target) + offset, dim=1).to(embedding.device, embedding.dtype)
+        return out if num_samples == 1 else out.unflatten(0, (-1, num_samples))
+
+    @torch.no_grad()
+    def score(self, query: Tensor, gallery: Tensor, *, source: str, target: str) -> Tensor:
+        """Fused similarity `(Q, G)` float32 of queries `(Q, D)` of modality `source` to a gallery of modality `target`.
+
+        No query is conditioned on its own candidate: every row is looked at alone.
+        """
+        return (
+            self.score_features(query, modality=source, source=source, target=target)
+            @ self.score_features(gallery, modality=target, source=source, target=target).T
+        )
+
+    @torch.no_grad()
+    def score_features(self, embedding: Tensor, *, modality: str, source: str, target: str) -> Tensor:
+        """Features `(N, F)` float32 whose inner products are the fused score; `modality` is one of the two."""
+        pair = self._pair(source, target)
+        if modality not in pair:
+            raise ValueError(f"modality: got {modality!r}, expected {source!r} or {target!r}")
+        return fuse(self.components(embedding, modality=modality, pair=pair), self.config.fusion[direction_name(*pair)])
+
+    @torch.no_grad()
+    def components(self, embedding: Tensor, *, modality: str, pair: Direction) -> dict[str, Tensor]:
+        """Features of every score component, unweighted; see the module's docstring.
+
+        Args:
+            embedding: `(N, D)` rows of one of the pair's modalities.
+            modality: Which.
+            pair: As in the configuration.
+
+        Returns:
+            Component to `(N, F_k)`: the bridges by name, `"forward"` and `"backward"`.
+        """
+        source, target = pair
+        found = {
+            name: bridge.score_features(embedding, modality=modality, source=source, target=target)
+            for name, bridge in self.bridges.items()
+            if isinstance(bridge, Bridge)
+        }
+        own = self.space.encode(embedding, modality)
+        other = target if modality == source else source
+        produced = self.cdm_of(modality, other).posterior_mean(own)
+        forward, backward = (produced, own) if modality == source else (own, produced)
+        unit = nn.functional.normalize
+        return found | {"forward": unit(forward, dim=1), "backward": unit(backward, dim=1)}
+
+    @torch.no_grad()
+    def start_energy(self, embedding: Tensor, *, source: str, target: str) -> Tensor:
+        """Mean square of each row's unrestored start in the target's coordinates, `(N,)`; 1 on average on the data."""
+        offset = self._blend(embedding.float(), source, target)
+        return self.space.coordinates(offset, target).square().mean(1)
+
+    def calibrate(self, embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
+        """Fit the fusion weights and the restoring factors on rows that were not trained on.
+
+        Args:
+            embeddings: Modality to `(N, D)` validation rows.
+            ids: Modality to `(N,)`.
+        """
+        components = {
+            (pair, m): self.components(embeddings[m], modality=m, pair=pair) for pair in self.config.pairs for m in pair
+        }
+        energy = {d: self.start_energy(embeddings[d[0]], source=d[0], target=d[1]) for d in self.directions}
+        self.calibrate_from(components, energy, ids)
+
+    def calibrate_from(
+        self,
+        components: Mapping[tuple[Direction, str], Mapping[str, Tensor]],
+        energy: Mapping[Direction, Tensor],
+        ids: Mapping[str, Tensor],
+    ) -> None:
+        """`calibrate` from what `components` and `start_energy` returned, e.g. gathered over a validation epoch."""
+        fusion = {}
+        for pair in self.config.pairs:
+            s, t = pair
+            fusion[direction_name(s, t)] = fit_weights(
+                components[pair, s],
+                components[pair, t],
+                ids[s],
+                ids[t],
+                prior=_PRIOR_WEIGHTS,
+                rivals=list(self.bridges),
+            )
+        restore = {direction_name(*d): _restoring(e) for d, e in energy.items()}
+        self.config = replace(self.config, fusion=fusion, restore=restore)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor] | None = None) -> Path:
+        """Write a checkpoint folder (see `checkpoint.py`), atomically.
+
+        Args:
+            folder: Where to write; an older checkpoint there is replaced.
+            state: Tensors to save instead of the present ones, e.g. averaged weights.
+        """
+        return save_folder(folder, type(self).__name__, asdict(self.config), state or self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], encoder: str | None = None) -> DiffGAPRefiner:
+        """Load what `save_pretrained` wrote; nothing in the folder is executed.
+
+        Args:
+            folder: The checkpoint folder.
+            encoder: Fingerprint of the encoder that will be used; a refiner of another's space is refused.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: altered or truncated files, a newer schema, another kind of model, another encoder.
+        """
+        config, tensors = load_folder(folder, cls.__name__)
+        refiner = cls.from_state(config, tensors)
+        trained = refiner.config.encoder
+        if encoder is not None and trained is not None and encoder != trained:
+            raise ValueError(
+                f"{folder}: was trained in the space of encoder {trained!r}, got {encoder!r}; "
+                "use that encoder or train a refiner for this one"
+            )
+        return refiner.eval()
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiffGAPRefiner:
+        """Rebuild a refiner from its configuration's values and its `state_dict`.
+
+        Raises:
+            ValueError: unknown or missing fields, or tensors that do not fit them.
+        """
+        try:
+            built = RefinerConfig(**config)
+        except TypeError as error:
+            raise ValueError(f"refiner: the configuration does not fit this version ({error})") from error
+        dims, ranks = built.dims, built.ranks
+        closed_forms = {(s, t): GaussianDenoiser(ranks[s], ranks[t]) for s, t in built.directions}
+        prefix = "bridges."
+        states = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        bridges = {n: _BRIDGES[n].from_parts(record, _part(states, n)) for n, record in built.bridges.items()}
+        refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges)
+        try:
+            refiner.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise ValueError(f"refiner: the tensors do not fit the configuration ({error})") from error
+        return refiner
+
+    def cdm_of(self, source: str, target: str) -> ContrastiveDiffusion:
+        """The contrastive diffusion module of a direction.
+
+        Raises:
+            ValueError: a direction that this refiner does not have.
+        """
+        if (source, target) not in self.directions:
+            known = ", ".join(direction_name(*d) for d in self.directions)
+            raise ValueError(f"source={source!r}, target={target!r}: this refiner knows {known}")
+        return self.cdm[direction_name(source, target)]  # type: ignore[return-value]
+
+    def _start(self, rows: Tensor, source: str, target: str, start: Start) -> Tensor:
+        """Offset from the target's centroid `(B, D_t)` at which refining starts."""
+        if start not in get_args(Start):
+            raise ValueError(f"start: got {start!r}, expected one of {', '.join(get_args(Start))}")
+        if start == "posterior_mean":
+            return self.config.restore[direction_name(source, target)] * self._blend(rows, source, target)
+        self.space.shift(rows[:1], source, target)  # refuses unequal dimensions
+        return self.space.centre(rows, source)
+
+    def _blend(self, rows: Tensor, source: str, target: str) -> Tensor:
+        """Posterior mean and, where the dimensions are equal, centred source: an offset `(B, D_t)`."""
+        mean = self.cdm_of(source, target).posterior_mean(self.space.encode(rows, source))
+        offset = self.space.offset(mean, target)
+        if self.config.dims[source] != self.config.dims[target]:
+            return offset
+        return (1 - self.config.blend) * offset + self.config.blend * self.space.centre(rows, source)
+
+    def _pair(self, source: str, target: str) -> Direction:
+        self.cdm_of(source, target)
+        return (source, target) if (source, target) in self.config.pairs else (target, source)
+
+
+def _restoring(energy: Tensor) -> float:
+    """The factor that brings starts to unit mean square."""
+    return float(energy.mean().clamp(min=1e-4).rsqrt())
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors below `name.`, without that prefix."""
+    return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+
+def _default_pairs(modalities: Collection[str]) -> list[Direction]:
+    """Text to audio where both are there, and everything else to audio; all pairs where there is no audio."""
+    sources = sorted(m for m in modalities if m != "audio")
+    if "audio" in modalities:
+        return [(m, "audio") for m in sources]
+    return list(combinations(sources, 2))
+
+
+def _some_pairs(source_ids: Tensor, target_ids: Tensor, most: int, what: str) -> tuple[Tensor, Tensor]:
+    """Positive pairs, at most so many of them: always the same ones."""
+    i, j = pair_indices(source_ids, target_ids)
+    if len(i) < 2:
+        raise ValueError(
+            f"{what}: got {len(i)} positive pairs, expected at least 2; are the ids those of the same clips?"
+        )
+    if len(i) > most:
+        chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:most]
+        i, j = i[chosen], j[chosen]
+    return i, j
+
+
+def _randn_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = z.device if generator is None else generator.device
+    return torch.randn(z.shape, generator=generator, device=device).to(z.device)
+
+
+def _sample(
+    sampler: Sampler,
+    denoise: Denoise,
+    noisy: Tensor,
+    schedule: NoiseSchedule,
+    times: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if sampler == "dpmpp_2m":
+        return sample_dpmpp_2m(denoise, noisy, schedule, times)
+    if sampler == "ddim":
+        return sample_ddim(denoise, noisy, schedule, times, generator=generator)
+    if sampler == "ddpm":
+        return sample_ddpm(denoise, noisy, schedule, times, generator=generator)
+    raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(get_args(Sampler))}")

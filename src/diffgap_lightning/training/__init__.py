@@ -1,0 +1,1 @@
+"""Training a refiner with Lightning; nothing here is needed to use one."""

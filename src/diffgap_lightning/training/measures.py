@@ -1,0 +1,76 @@
+"""What validation and test report, from the rows that a `Gallery` collected.
+
+`<stage>/r1` is the mean of the two directions' R@1 of the fused score, averaged over the pairs; `<stage>/cosine` is the
+mean cosine of refined embeddings to their true partners, and `<stage>/mmd2` their distance from the target's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffgap_lightning.functional.gap import centroid_distance, mmd2
+from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.functional.retrieval import retrieval_ranks, retrieval_summary
+from diffgap_lightning.fusion import fuse
+from diffgap_lightning.refiner import DiffGAPRefiner, Direction
+
+Values = Mapping[str, Mapping[str, Tensor]]
+_MMD_ROWS = 2048
+
+
+def gallery_values(
+    refiner: DiffGAPRefiner, embedding: Tensor, modality: str, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Everything that validation needs of some rows: score components, start energies and refined embeddings."""
+    values = {"embedding": embedding.float()}
+    for pair in refiner.config.pairs:
+        if modality in pair:
+            found = refiner.components(embedding, modality=modality, pair=pair)
+            values |= {f"component/{'->'.join(pair)}/{name}": feature for name, feature in found.items()}
+    for source, target in refiner.directions:
+        if source == modality:
+            values[f"energy/{target}"] = refiner.start_energy(embedding, source=source, target=target)
+            refined = refiner.refine(embedding, source=source, target=target, generator=generator)
+            values[f"refined/{target}"] = refined.float()
+    return values
+
+
+def gallery_parts(
+    refiner: DiffGAPRefiner, gallery: Values
+) -> tuple[dict[tuple[Direction, str], dict[str, Tensor]], dict[Direction, Tensor], dict[str, Tensor]]:
+    """Components, energies and ids as `DiffGAPRefiner.calibrate_from` takes them."""
+    components = {(pair, m): _components(gallery, pair, m) for pair in refiner.config.pairs for m in pair}
+    energy = {(s, t): gallery[s][f"energy/{t}"] for s, t in refiner.directions}
+    return components, energy, {m: v["id"] for m, v in gallery.items()}
+
+
+def gallery_measures(refiner: DiffGAPRefiner, gallery: Values) -> dict[str, float]:
+    """Retrieval and gap figures of a complete gallery, by name."""
+    measures: dict[str, float] = {}
+    for pair in refiner.config.pairs:
+        weights = refiner.config.fusion["->".join(pair)]
+        features = {m: fuse(_components(gallery, pair, m), weights) for m in pair}
+        for source, target in (pair, pair[::-1]):
+            name = f"{source}_to_{target}"
+            s_ids, t_ids = gallery[source]["id"], gallery[target]["id"]
+            asked = torch.isin(s_ids, t_ids)
+            ranks = retrieval_ranks(features[source][asked], features[target], s_ids[asked], t_ids)
+            measures |= {f"{name}/{k}": v for k, v in retrieval_summary(ranks).items()}
+            refined, truth = gallery[source][f"refined/{target}"], gallery[target]["embedding"]
+            i, j = pair_indices(s_ids, t_ids)
+            measures[f"{name}/cosine"] = float((refined[i] * truth[j]).sum(1).mean())
+            measures[f"{name}/centroid_distance"] = float(centroid_distance(refined, truth))
+            if min(len(refined), len(truth)) > 2:
+                measures[f"{name}/mmd2"] = float(mmd2(refined[:_MMD_ROWS], truth[:_MMD_ROWS]))
+    for figure in ("r1", "cosine"):
+        values = [v for k, v in measures.items() if k.endswith(f"/{figure}")]
+        measures[figure] = sum(values) / len(values)
+    return measures
+
+
+def _components(gallery: Values, pair: Direction, modality: str) -> dict[str, Tensor]:
+    prefix = f"component/{'->'.join(pair)}/"
+    return {k[len(prefix) :]: v for k, v in gallery[modality].items() if k.startswith(prefix)}

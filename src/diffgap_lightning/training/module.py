@@ -1,0 +1,314 @@
+"""`DiffGAPModule`: trains a refiner's denoisers with Lightning; the refiner itself is `module.refiner`.
+
+The closed-form half of the refiner (space, Gaussian denoisers, bridges) is measured from the training rows when the fit
+starts, the same on all ranks. Training then improves the networks, each batch split between the directions (BST).
+Validation ranks the full gallery with the fused score, whose weights are fitted there, and measures the gap; the best
+refiner is what `callbacks.SaveRefiner` writes.
+
+A batch is `{modality: (B, D), "<modality>_id": (B,)}`; in evaluation also `"<modality>_row"`. Anything that yields such
+batches can train a refiner. Where the datamodule has `rows("train", max_rows=...)` the closed forms are measured on
+these rows, otherwise on those that the training loader yields first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from diffgap_lightning.diffusion.prediction import Prediction
+from diffgap_lightning.diffusion.schedule import ScheduleName
+from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.losses import Split, Weighting, split_batch
+from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
+from diffgap_lightning.training.gallery import Gallery
+from diffgap_lightning.training.measures import gallery_measures, gallery_parts, gallery_values
+from diffgap_lightning.training.objective import Objective, ObjectiveName
+
+Batch = Mapping[str, Tensor]
+_CHECKPOINT_KEY = "diffgap"
+
+
+class DiffGAPModule(LightningModule):
+    """Bidirectional training of a `DiffGAPRefiner`.
+
+    Args:
+        pairs: (source, target) pairs; each also trains its reverse. Default: text to audio, or all where the data has
+            not both.
+        width: Width of the denoisers.
+        depth: Residual blocks of the denoisers.
+        dropout: In the denoisers.
+        rank: Coordinates that are diffused: `"auto"`, `"full"` or a number; see `EmbeddingSpace.fit`.
+        prediction: What the denoisers' outputs stand for.
+        schedule: Noise schedule.
+        split: How a batch is shared between the directions; see `losses.split_batch`.
+        objective: `"diffusion"` (CDM), or `"regression"` for the ablation without it.
+        loss_weighting: See `losses.snr_weight`.
+        contrastive_weight: Weight of the contrastive term; 0 leaves it out.
+        condition_dropout: Share of the rows that train the unconditional model.
+        condition_noise: Standard deviation of the noise added to conditions; regularises where pairs are few.
+        share_of_noise: Share of the rows that train the posterior mean.
+        start: Where `refine` starts by default.
+        strength: How far back it is noised by default.
+        num_steps: Sampler steps by default.
+        blend: Share of the centred source in the posterior-mean start.
+        refiner: Folder of a refiner to go on from; its architecture and space replace those named here.
+        optimizer: Default AdamW with learning rate 5e-4 and weight decay 0.01.
+        lr_scheduler: None keeps the learning rate.
+        seed: Of the training noise and of the validation's samples.
+        max_rows: Rows of each modality on which the closed forms are measured.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[str, str]] | None = None,
+        width: int = 512,
+        depth: int = 3,
+        dropout: float = 0.1,
+        rank: int | Literal["auto", "full"] = "auto",
+        prediction: Prediction = "x0",
+        schedule: ScheduleName = "cosine",
+        split: Split = "bst",
+        objective: ObjectiveName = "diffusion",
+        loss_weighting: Weighting = "x0",
+        contrastive_weight: float = 0.0,
+        condition_dropout: float = 0.1,
+        condition_noise: float = 0.0,
+        share_of_noise: float = 0.25,
+        start: Start = "posterior_mean",
+        strength: float = 0.2,
+        num_steps: int = 10,
+        blend: float = 0.3,
+        refiner: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+        max_rows: int = 100_000,
+    ) -> None:
+        super().__init__()
+        # Settings come from the caller or the YAML, never from a checkpoint, so no hyper-parameters are saved.
+        self.pairs = None if pairs is None else [(s, t) for s, t in pairs]
+        self.choices: dict[str, Any] = {
+            "width": width, "depth": depth, "dropout": dropout, "prediction": prediction, "schedule": schedule,
+            "start": start, "strength": 0.0 if objective == "regression" else strength, "num_steps": num_steps,
+            "blend": blend,
+        }  # fmt: skip
+        self.rank, self.split, self.seed, self.max_rows = rank, split, seed, max_rows
+        self.objective = Objective(
+            objective, loss_weighting, contrastive_weight, condition_dropout, condition_noise, share_of_noise
+        )
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
+        self._gallery = Gallery()
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    # ---- the refiner ----------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Measure the closed forms on the training rows; a checkpoint that is about to be loaded brings its own."""
+        if self.refiner is not None or self._trainer is None:
+            return
+        if self.trainer.ckpt_path is not None and not self.trainer.training:
+            return
+        embeddings, ids, encoder = self._training_rows()
+        refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
+        state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
+        self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
+
+    def _training_rows(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str | None]:
+        rows = getattr(getattr(self.trainer, "datamodule", None), "rows", None)
+        if rows is not None:
+            table = rows("train", max_rows=self.max_rows)
+            return table.embeddings, table.ids, getattr(table, "encoder", None)
+        self.trainer.fit_loop.setup_data()
+        batches = list(islice(self.trainer.train_dataloader or (), 1 + self.max_rows // 256))
+        if not batches:
+            raise ValueError("the training loader yielded no batch: nothing to measure the space on")
+        modalities = [k for k in batches[0] if f"{k}_id" in batches[0]]
+        joined = {k: torch.cat([b[k] for b in batches]) for m in modalities for k in (m, f"{m}_id")}
+        return {m: joined[m] for m in modalities}, {m: joined[f"{m}_id"] for m in modalities}, None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the refiner's configuration beside its weights."""
+        if self.refiner is not None:
+            checkpoint[_CHECKPOINT_KEY] = {"schema_version": 1, "refiner": asdict(self.refiner.config)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the refiner that the checkpoint holds, or check that it is the one that was built from the data."""
+        record = checkpoint.get(_CHECKPOINT_KEY)
+        if not isinstance(record, dict) or record.get("schema_version") != 1:
+            raise ValueError(
+                "checkpoint: holds no DiffGAP refiner of schema version 1; "
+                "was it written by another LightningModule or a newer version?"
+            )
+        prefix = "refiner."
+        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        loaded = DiffGAPRefiner.from_state(record["refiner"], state)
+        if self.refiner is None:
+            self.refiner = loaded.to(self.device)
+            return
+        _check_same_architecture(self.refiner, loaded)
+        self.refiner.config = loaded.config
+
+    def _ready(self) -> DiffGAPRefiner:
+        if self.refiner is None:
+            raise RuntimeError("the refiner is not built yet: fit, or load a checkpoint, or give refiner=FOLDER")
+        return self.refiner
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch of aligned pairs, summed over the directions that share it."""
+        refiner = self._ready()
+        z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
+        generator = self._generator(self.seed, self.global_step, self.global_rank)
+        shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, self.global_step)
+        parts = {
+            d: self.objective(
+                refiner.cdm_of(*d),
+                z[d[0]][rows], z[d[1]][rows], batch[f"{d[1]}_id"][rows],
+                z[d[1]], batch[f"{d[1]}_id"],
+                self.logit_scale, generator,
+            )
+            for d, rows in shares.items()
+        }  # fmt: skip
+        loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(shares)
+        every = max(int(getattr(self.trainer, "log_every_n_steps", 50)), 1)
+        if (self.global_step + 1) % every == 0:  # logging costs more than a step
+            named = {f"train/{name}/{s}_to_{t}": v for (s, t), p in parts.items() for name, v in p.items()}
+            self.log_dict({"train/loss": loss.detach(), **named}, batch_size=1)
+        return loss
+
+    def _idle_parameters(self, shares: Mapping[Direction, slice]) -> Tensor:
+        """Zero, of every parameter that this step leaves out: DDP would wait for their gradients."""
+        refiner = self._ready()
+        idle = [p for d in refiner.directions if d not in shares for p in refiner.cdm_of(*d).network.parameters()]
+        idle += [] if self.objective.contrastive_weight > 0 else [self.logit_scale]
+        if self.objective.condition_dropout == 0:
+            idle += [refiner.cdm_of(*d).network.no_condition for d in shares]
+        return 0.0 * torch.stack([p.sum() for p in idle]).sum() if idle else torch.zeros((), device=self.device)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW unless an optimizer was given."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer is None:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01)
+        else:
+            optimizer = self.optimizer(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an empty gallery."""
+        self._gallery = Gallery()
+
+    def on_test_epoch_start(self) -> None:
+        """Start an empty gallery."""
+        self._gallery = Gallery()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect what the rows of this batch produce, and the loss of the pairs within it."""
+        self._collect(batch, batch_idx)
+        loss = self._evaluation_loss(batch, batch_idx)
+        if loss is not None:
+            value, count = loss
+            self.log("val/loss", value, on_epoch=True, batch_size=count, sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect what the rows of this batch produce."""
+        self._collect(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Fit the fusion weights on the whole gallery, then rank it."""
+        refiner, gallery = self._ready(), self._gallery.complete()
+        if self.trainer.sanity_checking or not gallery:
+            return
+        if self.trainer.training:
+            refiner.calibrate_from(*gallery_parts(refiner, gallery))
+        self._log_gallery("val", gallery)
+
+    def on_test_epoch_end(self) -> None:
+        """Rank the whole gallery with the weights that validation chose."""
+        self._log_gallery("test", self._gallery.complete())
+
+    @torch.no_grad()
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Refine the rows of this batch in every direction.
+
+        Returns:
+            For each direction `"<source>_to_<target>"` `(B_source, D_target)`, and the same with `_id` and `_row`.
+        """
+        refiner, out = self._ready(), {}
+        for source, target in refiner.directions:
+            if len(batch.get(source, ())) == 0:
+                continue
+            name = f"{source}_to_{target}"
+            generator = self._generator(self.seed, batch_idx, self.global_rank)
+            out[name] = refiner.refine(batch[source], source=source, target=target, generator=generator)
+            out |= {f"{name}_{key}": batch[f"{source}_{key}"] for key in ("id", "row")}
+        return out
+
+    def _collect(self, batch: Batch, batch_idx: int) -> None:
+        refiner = self._ready()
+        for modality in refiner.space.modalities:
+            if len(batch.get(modality, ())) == 0:
+                continue
+            generator = self._generator(self.seed, batch_idx, self.global_rank)
+            values = gallery_values(refiner, batch[modality], modality, generator)
+            self._gallery.add(modality, batch[f"{modality}_row"], values | {"id": batch[f"{modality}_id"]})
+
+    def _log_gallery(self, stage: str, gallery: Mapping[str, Mapping[str, Tensor]]) -> None:
+        measures = gallery_measures(self._ready(), gallery)
+        self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, rank_zero_only=False)
+
+    @torch.no_grad()
+    def _evaluation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int] | None:
+        """Loss over the pairs inside the batch, with the same noise at every validation."""
+        refiner, losses, count = self._ready(), [], 0
+        for source, target in refiner.directions:
+            if len(batch.get(source, ())) == 0 or len(batch.get(target, ())) == 0:
+                continue
+            i, j = pair_indices(batch[f"{source}_id"], batch[f"{target}_id"])
+            if len(i) == 0:
+                continue
+            condition, x0 = _encode(refiner, batch[source][i], source), _encode(refiner, batch[target][j], target)
+            ids, generator = batch[f"{source}_id"][i], self._generator(self.seed, batch_idx, self.global_rank)
+            parts = self.objective(
+                refiner.cdm_of(source, target), condition, x0, ids, x0, ids, self.logit_scale, generator
+            )
+            losses.append(parts["loss"])
+            count += len(i)
+        return (torch.stack(losses).sum(), count) if losses else None
+
+    def _generator(self, *key: int) -> torch.Generator:
+        """A generator on this device whose state depends on the key alone, so that resuming repeats the noise."""
+        if self.device not in self._generators:
+            self._generators[self.device] = torch.Generator(self.device)
+        return self._generators[self.device].manual_seed(hash(key) & (2**63 - 1))
+
+
+def _encode(refiner: DiffGAPRefiner, embedding: Tensor, modality: str) -> Tensor:
+    """`space.encode` without its checks, which would make a GPU wait: the datamodule has checked the rows."""
+    space = refiner.space
+    return space.coordinates(embedding.float() - space.mean(modality), modality)
+
+
+def _check_same_architecture(built: DiffGAPRefiner, loaded: DiffGAPRefiner) -> None:
+    """Refuse to resume a run with another model or other training data than it was started with."""
+    for name in ("pairs", "dims", "ranks", "width", "depth", "prediction", "schedule", "encoder"):
+        ours, theirs = getattr(built.config, name), getattr(loaded.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"checkpoint: was trained with {name} {theirs}, the present settings or data give {ours}; "
+                "resume with the run's own config.yaml, or start a new run"
+            )
