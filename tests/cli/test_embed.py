@@ -13,6 +13,7 @@ from diffgap_lightning.cli.embed import build_encoder, run, split_encoder_argume
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shard_table import read_embedding_shards
 from diffgap_lightning.data.shard_verify import verify_shards
+from diffgap_lightning.data.table import EmbeddingTable
 from diffgap_lightning.embedding.merge import EmbedSummary
 from diffgap_lightning.encoders.hashing import HashingEncoder
 
@@ -225,3 +226,40 @@ def test_real_clips_and_captions_give_verified_shards(tmp_path: Path, shared_dat
     assert run([*common, "--catalog", str(captions), *media, "--out", str(tmp_path / "captions")]) == 0
     assert verify_shards(tmp_path / "captions") == []
     assert open_shards(tmp_path / "captions").manifest.num_rows == {"text": 200}
+
+
+@pytest.mark.slow
+def test_shards_from_embed_train_a_refiner_and_its_predictions_come_back(
+    tmp_path: Path, make_audio: Make, shared_data: Path
+) -> None:
+    """Captions of the official sample, with a tone for each clip's sound: embed, fit, predict."""
+    trainer = pytest.importorskip("diffgap_lightning.cli.trainer")
+    captions = shared_data / "csv" / "audiocaps_val_first200.csv"
+    lines = captions.read_text().splitlines()[:61]
+    (tmp_path / "audiocaps.csv").write_text("\n".join(lines) + "\n")
+    clips = {tuple(line.split(",")[1:3]) for line in lines[1:]}
+    for number, (name, begin) in enumerate(sorted(clips)):
+        make_audio(tmp_path / "media" / f"{name}_{begin}.wav", seconds=0.3, sample_rate=16000, hz=150 + 40 * number)
+    common = ["--encoder", "hashing", "--encoder.dim", "16", "--no-progress", "--num-workers", "0"]
+    common += ["--catalog", str(tmp_path / "audiocaps.csv"), "--media", str(tmp_path / "media")]
+    for kind in ("pairs", "rows"):
+        assert run([*common, "--kind", kind, "--out", str(tmp_path / kind)]) == 0
+        assert verify_shards(tmp_path / kind) == []
+    assert open_shards(tmp_path / "pairs").manifest.num_rows == {"audio": 60, "text": 60}
+    assert open_shards(tmp_path / "rows").manifest.num_rows == {"audio": len(clips), "text": 60}
+
+    data = ["--data", "diffgap_lightning.data.WebDatasetDataModule", "--data.train", str(tmp_path / "pairs")]
+    data += ["--data.val", str(tmp_path / "rows"), "--data.predict", str(tmp_path / "rows"), "--data.batch_size", "20"]
+    model = ["--model.pairs", "[[text, audio]]", "--model.width", "32", "--model.depth", "1", "--model.rank", "8"]
+    where = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    quiet = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
+    assert trainer.fit([*data, *model, *where, *quiet, "--trainer.max_epochs", "1"]) == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    writer = ["--trainer.callbacks", "diffgap_lightning.embedding.RefinedEmbeddingWriter"]
+    writer += ["--trainer.callbacks.path", str(tmp_path / "refined.npz"), "--ckpt_path", str(checkpoint)]
+    assert trainer.predict([*data, *model, *where, *quiet, *writer]) == 0
+    refined = EmbeddingTable.read(tmp_path / "refined.npz", require_pairs=False)
+    rows = read_embedding_shards(tmp_path / "rows")
+    assert refined.num_rows == {"text_to_audio": 60, "audio_to_text": len(clips)}
+    assert sorted(refined.ids["text_to_audio"].tolist()) == sorted(rows.ids["text"].tolist())
+    assert refined.encoder == rows.encoder
