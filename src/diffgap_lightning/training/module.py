@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from diffgap_lightning.diffusion.prediction import Prediction
@@ -115,7 +116,7 @@ class DiffGAPModule(LightningModule):
         """Measure the closed forms on the training rows; a checkpoint that is about to be loaded brings its own."""
         if self.refiner is not None or self._trainer is None:
             return
-        if self.trainer.ckpt_path is not None and not self.trainer.training:
+        if self.trainer.ckpt_path is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         embeddings, ids, encoder = self._training_rows()
         refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
@@ -233,7 +234,7 @@ class DiffGAPModule(LightningModule):
         refiner, gallery = self._ready(), self._gallery.complete()
         if self.trainer.sanity_checking or not gallery:
             return
-        if self.trainer.training:
+        if self.trainer.state.fn == TrainerFn.FITTING:
             refiner.calibrate_from(*gallery_parts(refiner, gallery))
         self._log_gallery("val", gallery)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -34,7 +35,8 @@ class SaveRefiner(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the weights that are being validated."""
-        if batch_idx == 0 and dataloader_idx == 0 and trainer.training and not trainer.sanity_checking:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and batch_idx == 0 and dataloader_idx == 0:
             refiner = pl_module.refiner
             assert isinstance(refiner, torch.nn.Module)
             self._validated = {k: v.detach().cpu().clone() for k, v in refiner.state_dict().items()}
