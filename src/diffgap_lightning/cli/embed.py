@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
@@ -193,7 +194,7 @@ def _settings(args: argparse.Namespace, corpus: Corpus, encoder: ContrastiveEnco
     modalities = tuple(args.modality or available_modalities(corpus, encoder.modalities))
     if not modalities:
         raise ValueError(f"{corpus.name}: none of its clips has {' or '.join(encoder.modalities)}; is --media right?")
-    if isinstance(corpus, CatalogCorpus):
+    if isinstance(corpus, CatalogCorpus) and _first_process():
         for modality in modalities:
             if missing := corpus.catalog.missing(modality):
                 first = ", ".join(clip.id for clip in missing[:3])
@@ -202,6 +203,10 @@ def _settings(args: argparse.Namespace, corpus: Corpus, encoder: ContrastiveEnco
     window = encoder.window if args.window is None else args.window or None
     limits = MediaLimits(max_bytes=int(args.max_megabytes * 1e6), max_seconds=args.max_seconds)
     return EmbedSettings(modalities, window, args.hop, args.windows, args.template, limits)
+
+
+def _first_process() -> bool:
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _trainer_options(args: argparse.Namespace) -> dict[str, Any]:
