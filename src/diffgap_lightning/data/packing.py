@@ -26,6 +26,7 @@ from diffgap_lightning.data.shard_table import Arrays, Keep, read_embedding_shar
 from diffgap_lightning.data.shards import write_embedding_shards
 from diffgap_lightning.data.splits import split_by_fraction
 from diffgap_lightning.data.table import EmbeddingTable
+from diffgap_lightning.functional.pairs import hash_ids
 
 SLICE_ROWS = 65_536
 
@@ -112,18 +113,21 @@ class _Stream:
         self.aligned = self.shards is None or self.shards.manifest.kind != "rows"
 
     def chunks(self, keep: Keep | None) -> Iterator[Arrays]:
-        """Aligned rows."""
-        parts = _shard_chunks(self.shards) if self.shards is not None else array_chunks(self.source)
-        for part in parts:
+        """Aligned rows, as `write_embedding_shards` takes them."""
+        for part in self._parts(keep):
+            yield {n.removesuffix(".str"): a for n, a in part.items() if f"{n}.str" not in part}
+
+    def _parts(self, keep: Keep | None) -> Iterator[Arrays]:
+        for part in _shard_chunks(self.shards) if self.shards is not None else array_chunks(self.source):
             chunk = part if keep is None else select(part, keep)
             if any(map(len, chunk.values())):
-                yield {n.removesuffix(".str"): a for n, a in chunk.items() if f"{n}.str" not in chunk}
+                yield chunk
 
     def table(self, keep: Keep | None) -> EmbeddingTable:
         """Each row once, in memory."""
         if self.shards is not None:
             return read_embedding_shards(self.shards, keep=keep)
-        parts = list(self.chunks(keep))
+        parts = list(self._parts(keep))
         names = [name for name in parts[0] if f"{name}_id" in parts[0]] if parts else []
         return table_of(parts, names, where=self.source)
 
@@ -141,6 +145,8 @@ def _is_array_folder(source: str) -> bool:
 
 def array_chunks(folder: str | os.PathLike[str], size: int = SLICE_ROWS) -> Iterator[Arrays]:
     """Aligned slices of the `.npy` arrays in a folder: `<modality>.npy`, `<modality>_id.npy`, columns.
+
+    String ids come as the reader gives them: hashed, and as `<modality>_id.str`.
 
     Slices are read, not mapped: mapped pages would count as this process's memory.
 
@@ -160,4 +166,6 @@ def array_chunks(folder: str | os.PathLike[str], size: int = SLICE_ROWS) -> Iter
             width = int(np.prod(shape[1:], dtype=np.int64))
             data = np.fromfile(path, dtype, count * width, offset=offset + start * width * dtype.itemsize)
             chunk[name] = data.reshape(count, *shape[1:])
+        for name in [n for n in chunk if n.endswith("_id") and chunk[n].dtype.kind == "U"]:
+            chunk[f"{name}.str"], chunk[name] = chunk[name], hash_ids(chunk[name].tolist()).numpy()
         yield chunk
