@@ -53,7 +53,7 @@ def fit_weights(
     target_ids: Tensor,
     prior: Mapping[str, float],
     rivals: Sequence[str],
-    max_rows: int = 768,
+    max_rows: int = 400,
 ) -> dict[str, float]:
     """Fit the weights of all components on a validation gallery.
 
@@ -109,7 +109,7 @@ def _score_stack(
     return scores, source_ids[rows][:, None] == target_ids[columns][None, :]
 
 
-def _minimise(scores: Tensor, positive: Tensor, prior: Tensor, num_iterations: int = 60) -> Tensor:
+def _minimise(scores: Tensor, positive: Tensor, prior: Tensor, num_iterations: int = 50) -> Tensor:
     """Weights `(K,)` >= 0 of least penalised InfoNCE: Adam with projection, components in units of their spread."""
     spread = scores.flatten(1).std(dim=1).clamp(min=1e-6)
     scores = scores / spread[:, None, None]
@@ -128,7 +128,7 @@ def _minimise(scores: Tensor, positive: Tensor, prior: Tensor, num_iterations: i
 def _descend(start: Tensor, loss: Callable[[Tensor], Tensor], num_iterations: int) -> Tensor:
     """The best non-negative point that projected Adam visits."""
     point = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([point], lr=0.1)
+    optimizer = torch.optim.Adam([point], lr=0.2)
     best, least = start.clone(), float("inf")
     for _ in range(num_iterations):
         with torch.enable_grad():

@@ -121,7 +121,7 @@ class DiffGAPModule(LightningModule):
         embeddings, ids, encoder = self._training_rows()
         refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
         state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
-        self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
+        self.refiner = DiffGAPRefiner.from_state(*state).train().to(self.device)
 
     def _training_rows(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str | None]:
         rows = getattr(getattr(self.trainer, "datamodule", None), "rows", None)
