@@ -198,6 +198,14 @@ def test_a_directory_that_claims_ten_terabytes_allocates_nothing(tmp_path: Path)
     refuse(path, "claim to unpack to 4294967294")
 
 
+def test_a_directory_and_a_header_that_agree_on_bytes_that_are_not_there(tmp_path: Path) -> None:
+    member = npy_claiming((3,), "<i8", b"\1" * 16)
+    data = archive(tmp_path / "a.npz", [("x.npy", member)]).read_bytes()
+    start = data.index(b"PK\x01\x02") + 24
+    (tmp_path / "a.npz").write_bytes(data[:start] + struct.pack("<I", len(member) + 8) + data[start + 4 :])
+    refuse(tmp_path / "a.npz", f"x.npy has {len(member)} of {len(member) + 8} bytes")
+
+
 @pytest.mark.parametrize(
     ("header", "data"),
     [

@@ -109,7 +109,8 @@ def test_a_batch_can_be_changed_without_changing_the_table() -> None:
     x = rows_that_name_themselves(ids)
     for batches in (PairBatches(x, ids, 2), RowBatches(x, ids, 2)):
         for tensor in batches[0].values():
-            tensor.zero_()
+            tensor.fill_(-1)
+        assert all((tensor >= 0).all() for tensor in batches[0].values())
     assert x["audio"].tolist() == [[0, 1], [1, 2]]
     assert ids["text"].tolist() == [1, 2]
 

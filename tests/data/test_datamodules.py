@@ -210,6 +210,14 @@ def test_separate_files_are_their_splits(tmp_path: Path) -> None:
     assert [data.rows(split).num_rows["audio"] for split in ("train", "val", "test")] == [8, 2, 10]
 
 
+def test_another_file_may_hold_more_modalities(tmp_path: Path) -> None:
+    one, two = write_clips(tmp_path / "one.npz"), EmbeddingTable.read(write_clips(tmp_path / "two.npz"))
+    two.embeddings = {"video": two.embeddings["audio"]} | two.embeddings
+    two.ids = {"video": two.ids["audio"]} | two.ids
+    data = ready(EmbeddingDataModule(one, test_path=two.write(tmp_path / "three.npz")))
+    assert data.rows("test").modalities == ("audio", "text")
+
+
 def test_another_file_must_have_the_same_dimension_and_encoder(tmp_path: Path) -> None:
     one = write_clips(tmp_path / "one.npz", encoder="clap-a")
     two = write_clips(tmp_path / "two.npz", encoder="clap-b")
@@ -294,6 +302,8 @@ def test_the_synthetic_splits_are_different_and_known() -> None:
     assert data.encoder == data.world.fingerprint
     again = ready(tiny_world())
     assert torch.equal(again.rows("test").embeddings["text"], data.rows("test").embeddings["text"])
+    alike = ready(tiny_world(num_val=9, num_test=9))
+    assert not torch.equal(alike.rows("val").embeddings["text"], alike.rows("test").embeddings["text"])
     other = ready(tiny_world(seed=1))
     assert not torch.equal(other.rows("test").embeddings["text"], data.rows("test").embeddings["text"])
 

@@ -96,7 +96,11 @@ def test_a_column_belongs_to_the_longest_modality(tmp_path: Path) -> None:
         save(tmp_path / "t.npz", fields, audio_noisy_level=np.arange(2), audio_fold=np.arange(2))
     )
     assert table.modalities == ("audio", "audio_noisy")
-    assert set(table.columns) == {"audio_noisy_level", "audio_fold"}
+    part = table.select_rows({"audio": [1]})
+    assert {name: column.tolist() for name, column in part.columns.items()} == {
+        "audio_noisy_level": [0, 1],
+        "audio_fold": [1],
+    }
 
 
 def test_reading_some_modalities_in_a_chosen_order(tmp_path: Path) -> None:
