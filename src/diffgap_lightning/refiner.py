@@ -18,6 +18,7 @@ fitted on validation (see `fusion.py`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -37,6 +38,7 @@ from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sampl
 from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
 from diffgap_lightning.functional.checks import check_embeddings
 from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.functional.precision import full_float32
 from diffgap_lightning.fusion import fit_weights, fuse
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
@@ -117,14 +119,14 @@ class DiffGAPRefiner(nn.Module):
             raise ValueError(f"pairs: got {missing[0]}, but the data has only {', '.join(embeddings)}")
         space = EmbeddingSpace.fit(wanted, rank)
         config = RefinerConfig(tuple(pairs), space.dims, space.ranks, **choices)
+        same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
+        usable = {name: bridge for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
+        bridges = {name: bridge().fit(wanted, ids, config.directions) for name, bridge in usable.items()}
         coordinates = {m: space.encode(x, m) for m, x in wanted.items()}
         closed_forms = {}
         for source, target in config.directions:
             i, j = _some_pairs(ids[source], ids[target], max_pairs, f"{source} and {target}")
             closed_forms[source, target] = GaussianDenoiser.fit(coordinates[source][i], coordinates[target][j])
-        same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
-        usable = {name: bridge for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
-        bridges = {name: bridge().fit(wanted, ids, config.directions) for name, bridge in usable.items()}
         config = replace(config, bridges={name: bridge.to_parts()[0] for name, bridge in bridges.items()})
         refiner = cls(config, space, closed_forms, bridges).eval()
         restore = {
@@ -183,13 +185,14 @@ class DiffGAPRefiner(nn.Module):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
         cdm, config = self.cdm_of(source, target), self.config
-        check_embeddings(embedding, source, dim=config.dims[source])
+        rows = self._rows(embedding, source)
         if start is None:
             start = config.start if strength is None else "source"
         strength = config.strength if strength is None else strength
-        times = sampling_times(num_steps or config.num_steps, strength, self.space.mean(source).device)
-        rows = nn.functional.normalize(embedding.to(times.device, torch.float32), dim=1)
+        times = sampling_times(config.num_steps if num_steps is None else num_steps, strength, rows.device)
         offset = self._start(rows, source, target, start).repeat_interleave(num_samples, 0)
         if strength > 0:
             condition = self.space.encode(rows, source).repeat_interleave(num_samples, 0)
@@ -208,10 +211,12 @@ class DiffGAPRefiner(nn.Module):
 
         No query is conditioned on its own candidate: every row is looked at alone.
         """
-        return (
-            self.score_features(query, modality=source, source=source, target=target)
-            @ self.score_features(gallery, modality=target, source=source, target=target).T
-        )
+        features = [
+            self.score_features(rows, modality=modality, source=source, target=target)
+            for rows, modality in ((query, source), (gallery, target))
+        ]
+        with full_float32(query.device):
+            return features[0] @ features[1].to(query.device).T
 
     @torch.no_grad()
     def score_features(self, embedding: Tensor, *, modality: str, source: str, target: str) -> Tensor:
@@ -239,17 +244,17 @@ class DiffGAPRefiner(nn.Module):
             for name, bridge in self.bridges.items()
             if isinstance(bridge, Bridge)
         }
-        own = self.space.encode(embedding, modality)
+        own = self.space.encode(self._rows(embedding, modality), modality)
         other = target if modality == source else source
         produced = self.cdm_of(modality, other).posterior_mean(own)
         forward, backward = (produced, own) if modality == source else (own, produced)
-        unit = nn.functional.normalize
-        return found | {"forward": unit(forward, dim=1), "backward": unit(backward, dim=1)}
+        unit, device = nn.functional.normalize, embedding.device
+        return found | {"forward": unit(forward, dim=1).to(device), "backward": unit(backward, dim=1).to(device)}
 
     @torch.no_grad()
     def start_energy(self, embedding: Tensor, *, source: str, target: str) -> Tensor:
         """Mean square of each row's unrestored start in the target's coordinates, `(N,)`; 1 on average on the data."""
-        offset = self._blend(embedding.float(), source, target)
+        offset = self._blend(self._rows(embedding, source), source, target)
         return self.space.coordinates(offset, target).square().mean(1)
 
     def calibrate(self, embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
@@ -315,7 +320,7 @@ class DiffGAPRefiner(nn.Module):
                 f"{folder}: was trained in the space of encoder {trained!r}, got {encoder!r}; "
                 "use that encoder or train a refiner for this one"
             )
-        return refiner.eval()
+        return refiner
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiffGAPRefiner:
@@ -330,14 +335,20 @@ class DiffGAPRefiner(nn.Module):
             raise ValueError(f"refiner: the configuration does not fit this version ({error})") from error
         dims, ranks = built.dims, built.ranks
         closed_forms = {(s, t): GaussianDenoiser(ranks[s], ranks[t]) for s, t in built.directions}
+        wrong = {direction_name(*d) for d in built.directions} - set(built.restore)
+        wrong |= {direction_name(*p) for p in built.pairs} - set(built.fusion) | set(built.bridges) - set(_BRIDGES)
+        if wrong:
+            raise ValueError(f"refiner: restore, fusion or bridges lack or do not know {', '.join(sorted(wrong))}")
         prefix = "bridges."
         states = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         bridges = {n: _BRIDGES[n].from_parts(record, _part(states, n)) for n, record in built.bridges.items()}
-        refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges)
+        with torch.random.fork_rng(devices=[]):  # the networks' first weights are replaced at once
+            refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges).eval()
         try:
             refiner.load_state_dict(dict(tensors))
         except RuntimeError as error:
-            raise ValueError(f"refiner: the tensors do not fit the configuration ({error})") from error
+            detail = str(error).splitlines()[-1].strip()
+            raise ValueError(f"refiner: the tensors do not fit the configuration ({detail:.300})") from error
         return refiner
 
     def cdm_of(self, source: str, target: str) -> ContrastiveDiffusion:
@@ -350,6 +361,13 @@ class DiffGAPRefiner(nn.Module):
             known = ", ".join(direction_name(*d) for d in self.directions)
             raise ValueError(f"source={source!r}, target={target!r}: this refiner knows {known}")
         return self.cdm[direction_name(source, target)]  # type: ignore[return-value]
+
+    def _rows(self, embedding: Tensor, modality: str) -> Tensor:
+        """Checked rows `(B, D)` of unit norm, float32, where the refiner is."""
+        if modality not in self.config.dims:
+            raise ValueError(f"modality: got {modality!r}, expected one of {', '.join(self.config.dims)}")
+        check_embeddings(embedding, modality, dim=self.config.dims[modality])
+        return nn.functional.normalize(embedding.to(self.space.mean(modality).device, torch.float32), dim=1)
 
     def _start(self, rows: Tensor, source: str, target: str, start: Start) -> Tensor:
         """Offset from the target's centroid `(B, D_t)` at which refining starts."""

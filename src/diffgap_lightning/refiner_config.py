@@ -61,7 +61,7 @@ class RefinerConfig:
     encoder: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the pairs against the modalities, and the names of choices."""
+        """Check the pairs against the modalities, the numbers and the names of choices."""
         object.__setattr__(self, "pairs", tuple((str(s), str(t)) for s, t in self.pairs))
         if not self.pairs:
             raise ValueError("pairs: got none, expected at least one [source, target], e.g. [[text, audio]]")
@@ -71,9 +71,25 @@ class RefinerConfig:
                 raise ValueError(f"pairs: got {list(pair)}, expected two different ones of {', '.join(self.dims)}")
         if len({frozenset(p) for p in self.pairs}) < len(self.pairs):
             raise ValueError(f"pairs: got {[list(p) for p in self.pairs]}; a pair brings its reverse, name it once")
+        self._check_numbers()
         for name, allowed in (("start", Start), ("sampler", Sampler)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(allowed))}")
+
+    def _check_numbers(self) -> None:
+        for name, least in (("width", 1), ("depth", 0), ("num_steps", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number from {least}")
+        for name in ("dropout", "strength", "blend"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
+        fitted = {f"restore {k}": v for k, v in self.restore.items()}
+        fitted |= {f"fusion {pair} {k}": v for pair, weights in self.fusion.items() for k, v in weights.items()}
+        for name, value in fitted.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
 
     @property
     def directions(self) -> tuple[Direction, ...]:
