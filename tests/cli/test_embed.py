@@ -188,6 +188,23 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argume
         run(["--encoder", "hashing", "--out", "out", *arguments])
 
 
+def test_a_decoding_process_that_dies_is_one_line(
+    tmp_path: Path, make_audio: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_audio(tmp_path / "a.wav")
+    (tmp_path / "c.csv").write_text("id,audio\n1,a.wav\n")
+    monkeypatch.setattr(HashingEncoder, "transform", lambda self, modality: die)
+    with pytest.raises(ValueError, match="a decoding process died"):
+        run(["--encoder", "hashing", "--catalog", str(tmp_path / "c.csv"), "--out", str(tmp_path / "out"),
+             "--num-workers", "1", "--no-progress", "--accelerator", "cpu"])  # fmt: skip
+
+
+def die(waveform: object) -> object:
+    """What a file does that takes the decoder's process down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return waveform
+
+
 def test_splits_stay_apart(tmp_path: Path) -> None:
     (tmp_path / "v.csv").write_text("abcdefghijk,1,rain,train\nbbcdefghijk,2,sun,test\n")
     common = ["--encoder", "hashing", "--catalog", str(tmp_path / "v.csv"), "--no-progress", "--num-workers", "0"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffgap_lightning.data.catalog import read_catalog
+from diffgap_lightning.data.media_index import MediaIndex
 
 AUDIOCAPS = "audiocap_id,youtube_id,start_time,caption\n"
 
@@ -85,6 +86,7 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     folder = touch(tmp_path / "media", "readme.txt")
     (folder / "link").symlink_to(elsewhere)
     (folder / "loop").symlink_to(folder)
+    assert len(MediaIndex(folder)) == 1
     (clip,) = read_catalog(tmp_path / "c.csv", folder).clips
     assert clip.audio is not None
     assert clip.audio.source == folder / "link" / "abcdefghijk_5.wav"

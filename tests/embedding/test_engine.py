@@ -141,6 +141,18 @@ def test_workers_batch_sizes_and_raw_tars_give_the_same_rows(corpus: CatalogCorp
         assert torch.equal(rows[0][name], rows[1][name])
 
 
+def test_mixed_precision_gives_unit_rows_near_those_of_float32(corpus: CatalogCorpus, tmp_path: Path) -> None:
+    tables = {}
+    for precision in ("32-true", "bf16-mixed"):
+        options = {"progress": False, "trainer_options": {"accelerator": "cpu", "devices": 1, "precision": precision}}
+        embed_corpus(corpus, encoder(), tmp_path / precision, settings(), kind="rows", dtype="float32", **options)
+        tables[precision] = read_embedding_shards(tmp_path / precision)
+    exact, mixed = (t.embeddings["audio"] for t in tables.values())
+    assert not torch.equal(exact, mixed)  # it was on
+    assert torch.allclose(mixed.norm(dim=1), torch.ones(len(mixed)), atol=1e-5)
+    assert (exact * mixed).sum(dim=1).min() > 0.999
+
+
 def test_finished_parts_are_not_embedded_again(
     corpus: CatalogCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

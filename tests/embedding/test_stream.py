@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def test_skips_have_reasons_and_owners_follow() -> None:
     assert batch.skips == [("c3", "text: none", "")]
     assert batch.items["text"] == ["text 0", "x", "text 1", "x", "text 2", "x", "text 4", "x"]
     assert batch.owners["text"] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_stream_travels_to_spawned_workers_without_weights() -> None:
+    data = pickle.dumps(stream(23, 5, 2))
+    assert len(data) < 5000
+    assert [b.ids for b in pickle.loads(data)] == [b.ids for b in stream(23, 5, 2)]
 
 
 def test_no_parts_no_batches() -> None:

@@ -82,6 +82,23 @@ def run(argv: list[str]) -> int:
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')}: got {getattr(args, flag)}, expected at least {least}")
     encoder = build_encoder(args.encoder, encoder_arguments)
+    try:
+        return _embed(args, encoder)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            "a decoding process died, of too little memory or of a file that breaks the decoder; the same command goes "
+            "on with the unfinished parts, and fewer --num-workers need less memory"
+        ) from error
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning shut down cleanly and exits 1
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _embed(args: argparse.Namespace, encoder: ContrastiveEncoder) -> int:
+    """Embed, and print what it amounts to."""
     corpus, split = _corpus(args)
     settings = _settings(args, corpus, encoder)
 
@@ -191,7 +208,7 @@ def _settings(args: argparse.Namespace, corpus: Corpus, encoder: ContrastiveEnco
     from diffgap_lightning.embedding.corpus import CatalogCorpus, available_modalities
     from diffgap_lightning.embedding.decode import EmbedSettings
 
-    modalities = tuple(args.modality or available_modalities(corpus, encoder.modalities))
+    modalities = tuple(dict.fromkeys(args.modality or ())) or available_modalities(corpus, encoder.modalities)
     if not modalities:
         raise ValueError(f"{corpus.name}: none of its clips has {' or '.join(encoder.modalities)}; is --media right?")
     if isinstance(corpus, CatalogCorpus) and _first_process():
