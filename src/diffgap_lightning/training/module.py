@@ -13,7 +13,7 @@ these rows, otherwise on those that the training loader yields first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -113,21 +113,31 @@ class DiffGAPModule(LightningModule):
     # ---- the refiner ----------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Measure the closed forms on the training rows; a checkpoint that is about to be loaded brings its own."""
-        if self.refiner is not None or self._trainer is None:
-            return
-        if self.trainer.ckpt_path is not None and self.trainer.state.fn != TrainerFn.FITTING:
+        """Measure the closed forms on the training rows when a fit starts."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._measure_if_missing()
+            self._ready().train()  # a refiner that was loaded is in inference mode
+
+    def on_fit_end(self) -> None:
+        """Leave a refiner that can be used at once, without dropout."""
+        self._ready().eval()
+
+    def _measure_if_missing(self) -> None:
+        if self.refiner is not None:
             return
         embeddings, ids, encoder = self._training_rows()
-        refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
-        state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
-        self.refiner = DiffGAPRefiner.from_state(*state).train().to(self.device)
+        with torch.inference_mode(False):  # what a validation measures can be trained afterwards
+            refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
+            state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
+            self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
 
     def _training_rows(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str | None]:
         rows = getattr(getattr(self.trainer, "datamodule", None), "rows", None)
         if rows is not None:
             table = rows("train", max_rows=self.max_rows)
             return table.embeddings, table.ids, getattr(table, "encoder", None)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError("no refiner yet: give ckpt_path=CHECKPOINT, refiner=FOLDER, or a datamodule with rows()")
         self.trainer.fit_loop.setup_data()
         batches = list(islice(self.trainer.train_dataloader or (), 1 + self.max_rows // 256))
         if not batches:
@@ -156,7 +166,8 @@ class DiffGAPModule(LightningModule):
             self.refiner = loaded.to(self.device)
             return
         _check_same_architecture(self.refiner, loaded)
-        self.refiner.config = loaded.config
+        fitted = {name: getattr(loaded.config, name) for name in ("restore", "fusion", "bridges")}
+        self.refiner.config = replace(self.refiner.config, **fitted)
 
     def _ready(self) -> DiffGAPRefiner:
         if self.refiner is None:
@@ -169,7 +180,7 @@ class DiffGAPModule(LightningModule):
         """Loss of one batch of aligned pairs, summed over the directions that share it."""
         refiner = self._ready()
         z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
-        generator = self._generator(self.seed, self.global_step, self.global_rank)
+        generator = self._generator(self.seed, self.global_step, batch_idx, self.global_rank)
         shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, self.global_step)
         parts = {
             d: self.objective(
@@ -209,6 +220,18 @@ class DiffGAPModule(LightningModule):
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Without a fit or a checkpoint, measure the closed forms: they refine and score untrained."""
+        self._measure_if_missing()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self._measure_if_missing()
+
+    def on_predict_start(self) -> None:
+        """As `on_validation_start`."""
+        self._measure_if_missing()
+
     def on_validation_epoch_start(self) -> None:
         """Start an empty gallery."""
         self._gallery = Gallery()
@@ -220,10 +243,9 @@ class DiffGAPModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect what the rows of this batch produce, and the loss of the pairs within it."""
         self._collect(batch, batch_idx)
-        loss = self._evaluation_loss(batch, batch_idx)
-        if loss is not None:
-            value, count = loss
-            self.log("val/loss", value, on_epoch=True, batch_size=count, sync_dist=True)
+        loss, count = self._evaluation_loss(batch, batch_idx)
+        # Logged without a pair too: a rank that logs less than the others would leave them waiting.
+        self.log("val/loss", loss, on_epoch=True, batch_size=count, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect what the rows of this batch produce."""
@@ -273,7 +295,7 @@ class DiffGAPModule(LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, rank_zero_only=False)
 
     @torch.no_grad()
-    def _evaluation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int] | None:
+    def _evaluation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Loss over the pairs inside the batch, with the same noise at every validation."""
         refiner, losses, count = self._ready(), [], 0
         for source, target in refiner.directions:
@@ -289,7 +311,7 @@ class DiffGAPModule(LightningModule):
             )
             losses.append(parts["loss"])
             count += len(i)
-        return (torch.stack(losses).sum(), count) if losses else None
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device), count
 
     def _generator(self, *key: int) -> torch.Generator:
         """A generator on this device whose state depends on the key alone, so that resuming repeats the noise."""
@@ -313,3 +335,10 @@ def _check_same_architecture(built: DiffGAPRefiner, loaded: DiffGAPRefiner) -> N
                 f"checkpoint: was trained with {name} {theirs}, the present settings or data give {ours}; "
                 "resume with the run's own config.yaml, or start a new run"
             )
+    shapes = [{k: v.shape for k, v in refiner.state_dict().items()} for refiner in (built, loaded)]
+    if shapes[0] != shapes[1]:
+        odd = min(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+        raise ValueError(
+            f"checkpoint: {odd} has another shape than the present settings or data give; "
+            "resume with the run's own config.yaml, or start a new run"
+        )

@@ -50,6 +50,8 @@ class Objective:
         for field in ("contrastive_weight", "condition_noise"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}: got {getattr(self, field)}, expected a number >= 0")
+        if self.contrastive_weight > 0 and self.share_of_noise == 0 and self.name == "diffusion":
+            raise ValueError("share_of_noise: got 0, but contrastive_weight > 0 needs rows at t = 1; raise it or set 0")
 
     def __call__(
         self,

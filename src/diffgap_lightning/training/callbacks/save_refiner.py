@@ -31,12 +31,17 @@ class SaveRefiner(Callback):
         self.best: float | None = None
         self._validated: dict[str, Tensor] | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A best figure counts only where its refiner is: a run that goes on in another folder has none yet."""
+        if not self.path(trainer).exists():
+            self.best = None
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a copy of the weights that are being validated."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and batch_idx == 0 and dataloader_idx == 0:
+        if fitting and batch_idx == 0 and dataloader_idx == 0 and not _rehearsal(trainer):
             refiner = pl_module.refiner
             assert isinstance(refiner, torch.nn.Module)
             self._validated = {k: v.detach().cpu().clone() for k, v in refiner.state_dict().items()}
@@ -59,6 +64,8 @@ class SaveRefiner(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without any validation, save what training ended with."""
+        if _rehearsal(trainer):
+            return
         if self.best is None and trainer.is_global_zero:
             pl_module.refiner.save_pretrained(self.path(trainer))  # type: ignore[union-attr, operator]
         best = "" if self.best is None else f" ({self.monitor} {self.best:.4f})"
@@ -75,3 +82,8 @@ class SaveRefiner(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's best figure."""
         self.best = state_dict["best"]
+
+
+def _rehearsal(trainer: Trainer) -> bool:
+    """Whether this run is to leave no trace (`Trainer(fast_dev_run=...)`)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
