@@ -146,6 +146,12 @@ def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path: Path) -> None:
     refuse(path, "not a readable .npz file .*CRC")
 
 
+def test_a_garbled_name_in_an_archive_is_noticed(tmp_path: Path) -> None:
+    path = write_arrays(tmp_path / "a.npz", {"é": np.ones(3)})
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    refuse(path, "not a readable .npz file")
+
+
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     executed = tmp_path / "executed"
     objects = np.array([Bomb(executed)], dtype=object)

@@ -255,7 +255,7 @@ def test_a_split_that_was_asked_to_be_empty_says_so(clips: Path) -> None:
     with pytest.raises(ValueError, match="split: got 'dev', expected one of train, val, test"):
         data.rows("dev")
     with pytest.raises(RuntimeError, match=r"EmbeddingDataModule: call setup\(\) before"):
-        EmbeddingDataModule(clips).train_dataloader()
+        EmbeddingDataModule(clips).val_dataloader()
 
 
 def test_training_without_validation_runs(clips: Path) -> None:

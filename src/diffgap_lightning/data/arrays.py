@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -29,6 +30,9 @@ MAX_EXPANSION = 100
 FREE_EXPANSION = 64 << 20
 MAX_METADATA = 90_000_000
 STRINGS_KEY = "strings"
+
+# What zipfile lets through where an archive is cut, garbled, encrypted or compressed in a way that it does not know.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, UnicodeDecodeError, RuntimeError)
 
 Array = np.ndarray | Tensor
 
@@ -93,7 +97,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
             members = archive.infolist()
             _check_members(path, members)
             return {m.filename.removesuffix(".npy"): _read_member(path, archive, m) for m in members}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not a readable .npz file ({error}); truncated or damaged: copy it again") from error
 
 
