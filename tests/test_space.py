@@ -130,6 +130,7 @@ def test_statistics_of_a_tight_cluster_over_several_chunks_are_accurate() -> Non
 def test_half_precision_rows_are_measured_and_encoded_in_single_precision() -> None:
     x = unit_rows()
     space = EmbeddingSpace.fit({"text": x.half()}, rank=3)
+    torch.testing.assert_close(space.mean("text").double(), x.half().double().mean(0), rtol=0, atol=1e-7)
     z = space.encode(x.half(), "text")
     assert z.dtype == space.mean("text").dtype == torch.float32
     torch.testing.assert_close(z, space.encode(x.half().float(), "text"))
