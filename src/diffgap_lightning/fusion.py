@@ -109,6 +109,7 @@ def _score_stack(
     return scores, source_ids[rows][:, None] == target_ids[columns][None, :]
 
 
+@torch.inference_mode(False)  # what a caller computed there can still be differentiated by the weights
 def _minimise(scores: Tensor, positive: Tensor, prior: Tensor, num_iterations: int = 50) -> Tensor:
     """Weights `(K,)` >= 0 of least penalised InfoNCE: Adam with projection, components in units of their spread."""
     spread = scores.flatten(1).std(dim=1).clamp(min=1e-6)
