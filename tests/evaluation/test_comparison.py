@@ -121,6 +121,11 @@ def test_a_query_without_a_positive_stays_a_candidate_only(table: Table) -> None
     assert (by_name(records, "audio_to_text")["a"]["n_query"]) == 27
 
 
+def test_text_as_the_source_comes_first(table: Table) -> None:
+    records = compare_methods({"a": Noisy(0.1, directions=BOTH[::-1])}, table, bootstrap=2)
+    assert [r["direction"] for r in records] == ["text_to_audio", "audio_to_text"]
+
+
 def test_progress_sees_every_measurement(table: Table) -> None:
     seen: list[object] = []
     compare_methods({"a": Noisy(0.1), "b": Noisy(0.1)}, table, bootstrap=2, progress=lambda x: seen.extend(x) or x)

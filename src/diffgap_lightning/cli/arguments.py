@@ -52,9 +52,15 @@ def tidy(message: str) -> str:
         (r"(: -)? ?Given value type: <class '\w+'> Given value: (.*)$", r", got \2"),
         (r"\. Got value: ", ", got "),
         (r"Expected a <class '(\w+)'>", r"expected \1"),
-        (r"Expected a dot import path string: \S+( - Expected a dot import path string: \S+)*", "no such class"),
+        (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
+        (
+            r"Expected a dot import path string: [^\s,]+( - Expected a dot import path string: [^\s,]+)*",
+            "no such class",
+        ),
         (r"the following arguments are required: \w+\.data", "no data: give --config FILE"),
         (r"Problem with given class_path '([^']+)': ", r"\1: "),
+        (r" ?-? ?Not a valid subclass of .*$", ""),
+        (r"Subcommand '\w+' does not accept option '([^']+)'", r"unrecognized arguments: --\1"),
         (r'^Parser key "([^"]+)": (- )?', r"--\1: "),
         (r'Parser key "([^"]+)": ', r"\1: "),
     ):

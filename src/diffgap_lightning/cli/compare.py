@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     datamodule = build_datamodule(section, data_arguments, parser)
 
     from diffgap_lightning.evaluation.comparison import compare_methods
-    from diffgap_lightning.evaluation.report import HOW_TO_READ, format_table, write_json
+    from diffgap_lightning.evaluation.report import LEGEND, format_table, write_json
 
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
         bridges=bridges,
         progress=lambda tasks: _bar(tasks, "measuring"),
     )
-    print(format_table(records), *HOW_TO_READ, sep="\n")
+    print(format_table(records), LEGEND, sep="\n\n")
     if options.json:
         write_json(options.json, records)
     page = _write(options, argv, section, records, models, table)
@@ -136,7 +136,7 @@ def _methods(options: argparse.Namespace, datamodule: Any) -> tuple[dict[str, An
         raise ValueError(f"--methods: {REFINER} needs --refiner DIR, the refiner/ folder of a run")
     refiner = DiffGAPRefiner.from_pretrained(options.refiner) if options.refiner and REFINER in names else None
     train = datamodule.rows("train", max_rows=options.max_rows)
-    chosen = {name: bridge for name, bridge in bridges.items() if name in names}
+    chosen = {name: make() for name, make in bridges.items() if name in names}
     for bridge in _bar(chosen.values(), "fitting bridges"):
         bridge.fit(train.embeddings, train.ids)
     models: dict[str, Any] = {**chosen} if refiner is None else {**chosen, REFINER: refiner}

@@ -17,6 +17,7 @@ import logging
 import warnings
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -58,17 +59,24 @@ class DiffGAPCLI(LightningCLI):
 
     def __init__(self, command: str, argv: list[str]) -> None:
         self._command = command
-        super().__init__(
-            DiffGAPModule,
-            LightningDataModule,
-            subclass_mode_data=True,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={"default_root_dir": DEFAULT_FOLDER},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "diffgap", "exit_on_error": False, command: {"exit_on_error": False}},
-            args=[command, *argv],
-        )
+        self._checkpoint: str | None = None
+        try:
+            super().__init__(
+                DiffGAPModule,
+                LightningDataModule,
+                subclass_mode_data=True,
+                save_config_callback=SaveRunConfig,
+                trainer_defaults={"default_root_dir": DEFAULT_FOLDER},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": "diffgap", "exit_on_error": False, command: {"exit_on_error": False}},
+                args=[command, *argv],
+            )
+        except (UnpicklingError, RuntimeError) as error:
+            reason = _unreadable(error)
+            if self._checkpoint is None or reason is None:
+                raise
+            raise ValueError(f"--ckpt_path: {self._checkpoint} {reason}") from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one command that was asked for: building the other parsers would only cost time."""
@@ -83,9 +91,9 @@ class DiffGAPCLI(LightningCLI):
             message = suggest_flag(tidy(str(error)), flags)
             raise ValueError(f"{message}; see `diffgap {self._command} --help`") from error
         chosen = self.config[self._command]
-        chosen["ckpt_path"] = resolve_checkpoint(
-            chosen["ckpt_path"], chosen["trainer"]["default_root_dir"], self._command
-        )
+        folder = chosen["trainer"]["default_root_dir"]
+        self._checkpoint = resolve_checkpoint(chosen["ckpt_path"], folder, self._command)
+        chosen["ckpt_path"] = self._checkpoint
         if chosen.get("weights_only") is None:
             chosen["weights_only"] = True
 
@@ -136,6 +144,16 @@ def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | No
     return str(path)
 
 
+def _unreadable(error: Exception) -> str | None:
+    """Why a checkpoint could not be read, if that is what the error is about."""
+    if isinstance(error, UnpicklingError):
+        return "holds other things than tensors and plain values, and is not read"
+    first, *details = str(error).splitlines() or [""]
+    if "Error(s) in loading state_dict" in first:
+        return f"is of another model than these settings give: {' '.join(details[:1]).strip()}"
+    return None
+
+
 def _run(command: str, argv: list[str]) -> int:
     """Run one command; Lightning's ways to fail become those of `cli.main`."""
     _hush()
@@ -143,11 +161,6 @@ def _run(command: str, argv: list[str]) -> int:
         DiffGAPCLI(command, argv)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
-            raise
-        detail = " ".join(str(error).split("\n")[1:2]).strip()
-        raise ValueError(f"--ckpt_path: was written with other settings of the model ({detail})") from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning shut down cleanly and exits 1
             raise KeyboardInterrupt from None
@@ -161,6 +174,7 @@ def _hush() -> None:
         ".*does not have many workers.*",  # tables lie in memory: no worker is right
         ".*Checkpoint directory .* exists and is not empty.*",  # a run's folder may be used again
         ".*WeightAveraging state cannot be restored.*",  # test reads the averaged weights, which is meant
+        ".*WeightAveraging callback with a model that overrides.*",  # nothing is sharded here
         ".*treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=message)

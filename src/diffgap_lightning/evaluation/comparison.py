@@ -76,7 +76,7 @@ def compare_methods(
         progress: Wraps the iteration over (direction, method), e.g. in a progress bar.
 
     Returns:
-        One record a direction and method; `None` where a method has no such figure.
+        One record a direction and method, directions from text first; `None` where a method has no such figure.
 
     Raises:
         ValueError: no models, no common direction, no positive pair.
@@ -112,7 +112,7 @@ def _common_directions(models: Mapping[str, Method], table: Rows) -> list[tuple[
             f"compare_methods: no direction that all of {', '.join(models)} know and whose modalities are among the "
             f"table's ({', '.join(table.embeddings)})"
         )
-    return known
+    return sorted(known, key=lambda direction: direction[0] != "text")  # as papers tabulate: text to audio first
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
+LEGEND = "* best bridge; + / - R@1 above / below its by more than chance (95% interval of the paired difference)"
 HOW_TO_READ = (
     "R@1, R@5, R@10: share of queries with a positive among the first 1, 5, 10 candidates; ties count in their favour.",
     "95% interval: bootstrap over whole ids, the same draws for every method.",
-    "+ / -: R@1 differs from the best bridge's (*) and the interval of the paired difference excludes 0.",
+    LEGEND,
     "cosine: produced to true embedding, over positive pairs. MMD² and Fréchet: distance between the set of produced "
     "and the set of true embeddings, less is better (MMD²: Gaussian kernel of median bandwidth, unbiased, so it may be "
     "below 0 by chance; Fréchet: squared, with Ledoit-Wolf covariances).",

@@ -17,10 +17,10 @@ from diffgap_lightning.plotting import SpaceView, space_figure
 
 
 class EmbeddingMap(Callback):
-    """Draws `plotting.space_figure` every few validations.
+    """Draws `plotting.space_figure` at the first validation and at those that come n epochs or more after a picture.
 
     Args:
-        every_n_epochs: Draw in epochs 0, n, 2n, ...; `diffgap validate` always draws.
+        every_n_epochs: n. A validation outside of `fit` always draws.
         max_points: Use at most so many validation rows of each modality.
         folder: Where to write; by default `plots/` in the run's folder (`Trainer.default_root_dir`).
     """
@@ -32,6 +32,7 @@ class EmbeddingMap(Callback):
                 "expected at least 1 and at least 2"
             )
         self.every_n_epochs, self.max_points, self.folder = every_n_epochs, max_points, folder
+        self._last_epoch: int | None = None
 
     def on_validation_batch_end(
         self,
@@ -47,9 +48,11 @@ class EmbeddingMap(Callback):
         Between the first and the last validation batch, averaged weights are in place whichever comes first in the
         trainer's list, this callback or the averaging one; at the start and the end of the epoch that is not so.
         """
-        due = trainer.state.fn != "fit" or trainer.current_epoch % self.every_n_epochs == 0
+        last, epoch = self._last_epoch, trainer.current_epoch
+        due = trainer.state.fn != "fit" or last is None or epoch - last >= self.every_n_epochs
         if batch_idx or dataloader_idx or trainer.sanity_checking or not due or not trainer.is_global_zero:
             return
+        self._last_epoch = epoch
         with torch.no_grad():
             self._draw(trainer, pl_module)
 

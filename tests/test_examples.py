@@ -1,0 +1,43 @@
+"""Every example runs as a user would run it, at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, *arguments: str, folder: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text()
+    assert all(f'"{path.name}"' in source for path in EXAMPLES.glob("*.py"))
+
+
+def test_train_and_then_load(tmp_path: Path) -> None:
+    out = run(
+        "train_from_python.py", "--pairs", "600", "--epochs", "1", "--out", str(tmp_path / "run"), folder=tmp_path
+    )
+    assert "text_to_audio/r1" in out
+    out = run("load_and_refine.py", str(tmp_path / "run" / "refiner"), "--rows", "50", folder=tmp_path)
+    before, after = (float(line.split("audio")[-1].split()[0]) for line in out.splitlines()[:2])
+    assert after > before
+
+
+def test_compare_bridges(tmp_path: Path) -> None:
+    sizes = ["--pairs", "600", "--test", "60", "--methods", "raw", "centre", "ridge"]
+    out = run("compare_bridges.py", *sizes, "--json", str(tmp_path / "r.json"), folder=tmp_path)
+    assert "text to audio: 60 queries, 60 candidates" in out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [r["method"] for r in found] == ["raw", "centre", "ridge", "optimum"] * 2
