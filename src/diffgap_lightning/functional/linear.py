@@ -102,10 +102,6 @@ def canonical_correlations(x: Tensor, y: Tensor, rank: int, shrinkage: float = 0
     Raises:
         ValueError: rank < 1, shrinkage outside [0, 1], or shapes that are not pairs.
     """
-    if rank < 1:
-        raise ValueError(f"canonical correlations: got rank {rank}, expected at least 1")
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"canonical correlations: got shrinkage {shrinkage}, expected 0 to 1")
     values_x, basis_x = principal_directions(second_moment(x) / len(x), rank)
     values_y, basis_y = principal_directions(second_moment(y) / len(y), rank)
     cross = basis_x.T @ (second_moment(x, y) / len(x)) @ basis_y
@@ -115,6 +111,8 @@ def canonical_correlations(x: Tensor, y: Tensor, rank: int, shrinkage: float = 0
 
 def principal_directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues (k,), descending, and their directions (D, k); fewer where the rest is zero."""
+    if rank < 1:
+        raise ValueError(f"canonical correlations: got rank {rank}, expected at least 1")
     values, vectors = torch.linalg.eigh(covariance)
     k = max(1, min(rank, int((values > values[-1] * 1e-10).sum())))
     return values[-k:].flip(0), vectors[:, -k:].flip(1)
@@ -134,6 +132,8 @@ def canonical_in_basis(
     Returns:
         `(W_x (K_x, k), W_y (K_y, k), correlations (k,))` with k the smaller of the two.
     """
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"canonical correlations: got shrinkage {shrinkage}, expected 0 to 1")
     p_x, p_y = (((1 - shrinkage) * v + shrinkage * v.mean()).clamp_min(1e-300).rsqrt() for v in (values_x, values_y))
     u, s, vt = torch.linalg.svd(p_x[:, None] * cross * p_y, full_matrices=False)
     return p_x[:, None] * u, p_y[:, None] * vt.T, s.clamp(0, 1)
