@@ -139,7 +139,8 @@ class DiffGAPModule(LightningModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             raise ValueError("no refiner yet: give ckpt_path=CHECKPOINT, refiner=FOLDER, or a datamodule with rows()")
         self.trainer.fit_loop.setup_data()
-        batches = list(islice(self.trainer.train_dataloader or (), 1 + self.max_rows // 256))
+        loader = self.trainer.train_dataloader
+        batches = [] if loader is None else list(islice(loader, 1 + self.max_rows // 256))
         if not batches:
             raise ValueError("the training loader yielded no batch: nothing to measure the space on")
         modalities = [k for k in batches[0] if f"{k}_id" in batches[0]]
