@@ -7,6 +7,7 @@ import json
 import pickle
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from diffgap_lightning.data.shard_reader import BlockReader
 from diffgap_lightning.data.shard_verify import verify_shards
 from diffgap_lightning.data.stream import TrainLoader, TrainStream
 from diffgap_lightning.data.webdataset_module import WebDatasetDataModule
+from diffgap_lightning.functional.pairs import hash_ids
 
 
 class Bomb:
@@ -150,13 +152,16 @@ def test_a_run_completes_within_the_budget_and_stops_beyond_it(
     assert not (folder.parent.parent / "escape.npy").exists()
 
 
-def test_a_loss_is_counted_once_over_epochs_and_told_once(shards: Callable, loader: Callable) -> None:
+def test_a_loss_is_met_and_counted_once_over_epochs_and_told_once(
+    shards: Callable, loader: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shards(96, count=6)
     remove(folder)
-    stream = loader(folder, 0.2)
+    stream, read, met = loader(folder, 0.2), BlockReader.read, []
+    monkeypatch.setattr(BlockReader, "read", lambda self, index: (met.append(index), read(self, index))[1])
     with pytest.warns(UserWarning, match="lost") as told:
         assert len([batch for _ in range(3) for batch in stream]) == 36
-    assert (len(told), stream.ledger.lost_rows) == (1, 16)
+    assert (len(told), stream.ledger.lost_rows, met.count(1)) == (1, 16, 1)
 
 
 def test_ranks_see_the_same_batches_again_after_a_loss(shards: Callable, loader: Callable) -> None:
@@ -207,8 +212,31 @@ def test_classic_tars_lose_single_samples(classic: Callable, tar: Callable, tmp_
     ):
         assert words in message
     assert [len(b["audio"]) for b in batches] == [5] * 4
-    assert len({i for b in batches for i in b["audio_id"].tolist()}) == 15
+    counts = Counter(i for b in batches for i in b["audio_id"].tolist())
+    assert len(counts) == 15
+    assert max(counts.values()) == 2  # each lost row is replaced by another one
     assert not marker.exists()
+    module = WebDatasetDataModule(predict=str(path), num_workers=0, batch_size=6, error_budget=0.3)
+    module.setup()
+    with pytest.warns(UserWarning, match="5 of 20 rows lost"):
+        rows = [
+            (r, i)
+            for b in module.predict_dataloader()
+            for r, i in zip(b["text_row"].tolist(), b["text_id"].tolist(), strict=True)
+        ]
+    assert rows == [(r, int(hash_ids([f"k{r:02d}"]))) for r in range(20) if r not in range(3, 8)]
+
+
+def test_a_sample_with_a_repeated_member_is_lost_and_its_neighbours_are_not(tmp_path: Path, classic: Callable) -> None:
+    (path,) = classic(3)
+    with tarfile.open(path) as tar:
+        members = [(m, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(path, "w") as tar:
+        for number in (0, 1, 2, 3, 2, 4, 5):  # s0001.audio.npy a second time
+            tar.addfile(members[number][0], io.BytesIO(members[number][1]))
+    data = BlockReader(open_shards(path), extras=True).read(0)
+    assert data.arrays["audio_id.str"].tolist() == ["s0000", "s0002"]
+    assert [str(loss) for loss in data.losses] == ["000.tar sample 's0001': audio.npy is there twice"]
 
 
 def test_a_sparse_member_that_claims_gigabytes_is_passed_over(tmp_path: Path, tar: Callable) -> None:
@@ -277,8 +305,6 @@ def test_pairs_that_were_shifted_against_each_other_are_refused(tmp_path: Path, 
 
 
 def test_string_ids_in_foreign_blocks_are_hashed(tmp_path: Path, tar: Callable) -> None:
-    from diffgap_lightning.functional.pairs import hash_ids
-
     names, eye = np.array(["a", "b", "c"]), np.eye(3, dtype=np.float32)
     path = tar(tmp_path / "x.tar", {"0.audio.npy": eye, "0.audio_id.npy": names})
     shard = Shard("x.tar", path.stat().st_size, (Block(0, path.stat().st_size - 1024, (3,)),))
