@@ -88,7 +88,7 @@ class RestoredRidgeBridge(LinearMapBridge):
         penalty: float | Literal["auto"] = "auto",
         restore: Literal["scalar", "transport"] = "scalar",
         blend: float = 0.3,
-        shrinkage: float = 0.1,
+        shrinkage: float = 0.3,
         centred_weight: float = 1.0,
     ) -> None:
         if restore not in ("scalar", "transport"):
