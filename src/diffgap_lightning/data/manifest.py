@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Manifest:
         """The modalities, in the order of `Block.rows`."""
         return tuple(self.dims)
 
-    @property
+    @cached_property
     def block_rows(self) -> np.ndarray:
         """`(blocks, modalities)` int64: rows of every block, in shard order."""
         rows = [block.rows for shard in self.shards for block in shard.blocks]

@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -44,6 +45,7 @@ class ShardSet:
     urls: tuple[str, ...]
     losses: tuple[Loss, ...] = ()
 
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when shards are added, removed or rewritten; the same wherever they lie."""
         digest = hashlib.sha256(self.manifest.block_rows.tobytes())

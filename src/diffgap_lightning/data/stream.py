@@ -353,5 +353,5 @@ class TrainLoader(StreamLoader):
             "lanes": plan.lanes,
             "steps": plan.num_steps,
             "window": plan.window_batches,
-            "data": self.stream.reader.shards.fingerprint(),
+            "data": self.stream.reader.shards.fingerprint,
         }

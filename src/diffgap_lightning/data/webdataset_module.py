@@ -34,8 +34,8 @@ class WebDatasetDataModule(LightningDataModule):
 
     Args:
         train: Training shards, of kind `"pairs"` or classic tars.
-        val: Validation shards, of any kind.
-        test: Test shards, of any kind.
+        val: Validation shards, best of kind `"rows"`: in pairs, a clip with five captions has five rows to be found.
+        test: Test shards, as `val`.
         predict: What `predict_dataloader` reads; by default the test shards.
         batch_size: Pairs a step and rank in training, most rows of a modality a step and rank in evaluation.
         num_workers: Reading processes a rank; 0 reads in the training process.
@@ -92,7 +92,7 @@ class WebDatasetDataModule(LightningDataModule):
         self.multiprocessing_context, self.prefetch_factor = multiprocessing_context, prefetch_factor
         self.pin_memory, self.rank, self.world_size = pin_memory, rank, world_size
         self._sets: dict[str, ShardSet] = {}
-        self._loaders: list[StreamLoader] = []
+        self._loaders: dict[str, StreamLoader] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the manifests of all splits (or the headers of classic tars), once, and compare them."""
@@ -136,7 +136,7 @@ class WebDatasetDataModule(LightningDataModule):
             epoch=None if trainer is None else lambda: trainer.current_epoch,
             **self._options(shards),
         )
-        self._loaders.append(loader)
+        self._keep("train", loader)
         return loader
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
@@ -153,7 +153,7 @@ class WebDatasetDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Let the workers end."""
-        for loader in self._loaders:
+        for loader in self._loaders.values():
             loader.close()
         self._loaders.clear()
 
@@ -163,8 +163,14 @@ class WebDatasetDataModule(LightningDataModule):
         plan = EvalPlan(tuple(rows[m] for m in self.modalities or rows), self.batch_size, world)
         stream = EvalStream(shards, plan, rank, self.modalities)
         loader = EvalLoader(stream, self._ledger(split, shards), **self._options(shards))
-        self._loaders.append(loader)
+        self._keep(split, loader)
         return loader
+
+    def _keep(self, split: str, loader: StreamLoader) -> None:
+        """Remember a loader, so that its workers end with it or with the next one of its split."""
+        if split in self._loaders:
+            self._loaders[split].close()
+        self._loaders[split] = loader
 
     def _shards(self, split: Split) -> ShardSet:
         if split not in self.specs:
