@@ -11,7 +11,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-LEGEND = "* best bridge; + / - R@1 above / below its by more than chance (95% interval of the paired difference)"
+LEGEND = "* the best bridge; + or -: R@1 above or below the best bridge's, the paired 95% interval excludes 0"
 HOW_TO_READ = (
     "R@1, R@5, R@10: share of queries with a positive among the first 1, 5, 10 candidates; ties count in their favour.",
     "95% interval: bootstrap over whole ids, the same draws for every method.",
