@@ -16,8 +16,11 @@ in the JSON does. A method is a function `fit(table, seed) -> model`, where the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +43,7 @@ from diffgap_lightning.bridges import (
     RidgeBridge,
     default_bridges,
 )
+from diffgap_lightning.cli.trainer import fit
 from diffgap_lightning.data import EmbeddingTable
 from diffgap_lightning.evaluation.bootstrap import interval, resample_counts, resampled_means
 from diffgap_lightning.evaluation.comparison import Method
@@ -47,6 +51,7 @@ from diffgap_lightning.evaluation.report import HOW_TO_READ, format_table, write
 from diffgap_lightning.functional.gap import frechet_distance, mmd2
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.retrieval import RetrievalRanks, retrieval_ranks, retrieval_summary
+from diffgap_lightning.refiner import DiffGAPRefiner
 
 Fit = Callable[[EmbeddingTable, int], Method]
 Direction = tuple[str, str]
@@ -55,6 +60,7 @@ DATASETS: dict[str, tuple[list[Direction], str]] = {  # what is measured, and wh
     "audiocaps_dev": ([("text", "audio"), ("audio", "text")], "id"),
     "esc50": ([("audio", "text")], "row"),
 }
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "table.yaml"
 PENALTY = 300 / 512  # for unit rows: 300 on rows scaled by sqrt(512)
 
 
@@ -64,6 +70,37 @@ def fit_bridge(make: Callable[..., Bridge], table: EmbeddingTable, seed: int) ->
 
 def takes_seed(make: Callable[..., Bridge]) -> bool:
     return "seed" in inspect.signature(make).parameters
+
+
+def fit_refiner(table: EmbeddingTable, seed: int) -> DiffGAPRefiner:
+    """`diffgap fit --config configs/table.yaml` on four fifths of the units; it stops and calibrates on the others."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train, val = hold_out(table, 0.2, seed)
+        arguments = {
+            "config": CONFIG,
+            "data.path": train.write(Path(folder, "train.npz")),
+            "data.val_path": val.write(Path(folder, "val.npz")),
+            "data.test_fraction": 0,
+            "seed_everything": seed,
+            "model.seed": seed,
+            "trainer.default_root_dir": folder,
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+        }
+        fit([f"--{name}={value}" for name, value in arguments.items()])
+        return DiffGAPRefiner.from_pretrained(Path(folder, "refiner"))
+
+
+def hold_out(table: EmbeddingTable, share: float, seed: int) -> tuple[EmbeddingTable, EmbeddingTable]:
+    """(the rest, a random share of the units); a modality without a fold column is on both sides."""
+    folded = [m for m in table.modalities if f"{m}_fold" in table.columns]
+    units = {m: torch.as_tensor(table.columns[f"{m}_unit"]) for m in folded}
+    distinct = torch.unique(torch.cat(list(units.values())))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+    held = distinct[order[: round(share * len(distinct))]]
+    inside = {m: torch.isin(u, held) for m, u in units.items()}
+    return table.select_rows({m: ~mask for m, mask in inside.items()}), table.select_rows(inside)
 
 
 class OneWayRidge(RidgeBridge):
@@ -121,7 +158,7 @@ class Pool:
         query, gallery = test.embeddings[source], test.embeddings[target]
         q = model.score_features(query, modality=source, source=source, target=target)
         g = model.score_features(gallery, modality=target, source=source, target=target)
-        produced = model.refine(query, source=source, target=target)
+        produced = model.refine(query, source=source, target=target, generator=torch.Generator().manual_seed(0))
         i, j = pair_indices(test.ids[source], test.ids[target])
         units = torch.as_tensor(test.columns[f"{source}_unit"])
         self.ranks.append(retrieval_ranks(q, g, test.ids[source], test.ids[target]))
@@ -212,15 +249,16 @@ def compare_with_best(records: list[Record], draws: list[Tensor]) -> None:
 
 def chosen_methods(names: list[str] | None, reference: bool, seeds: list[int]) -> dict[str, tuple[Fit, list[int]]]:
     """Name -> (fit, seeds); what draws nothing is fitted once."""
-    known = REFERENCE if reference else METHODS
+    known = {
+        name: (partial(fit_bridge, make), seeds if takes_seed(make) else seeds[:1])
+        for name, make in (REFERENCE if reference else METHODS).items()
+    }
+    if not reference:
+        known["diffgap"] = fit_refiner, seeds
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise SystemExit(f"--methods: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
-    return {
-        name: (partial(fit_bridge, make), seeds if takes_seed(make) else seeds[:1])
-        for name, make in known.items()
-        if name in (names or known)
-    }
+    return {name: method for name, method in known.items() if name in (names or known)}
 
 
 def main() -> None:
