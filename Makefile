@@ -41,6 +41,9 @@ quickstart: $(VENV)/.installed ## train on the synthetic world, test, compare wi
 	@echo "          $(RUN)/refiner/               the refiner: DiffGAPRefiner.from_pretrained(\"$(RUN)/refiner\")"
 	@echo "          $(BIN)/tensorboard --logdir $(RUN)"
 
+# The tests' matrices are tiny, and some tests start several processes: more threads than one would fight.
+test test-fast: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest
 
