@@ -87,8 +87,10 @@ def test_dtype_comes_back_and_arithmetic_is_float32(fitted, dtype):
 def test_score_is_float32_and_unchanged_under_autocast(fitted):
     bridge, rows = fitted
     plain = bridge.score(rows["text"], rows["audio"], source="text", target="audio")
+    refined = bridge.refine(rows["text"], source="text", target="audio")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = bridge.score(rows["text"], rows["audio"], source="text", target="audio")
+        assert torch.equal(bridge.refine(rows["text"], source="text", target="audio"), refined)
     assert plain.dtype == torch.float32
     assert torch.equal(plain, cast)
 
@@ -148,7 +150,7 @@ def test_fitting_twice_gives_the_same_and_leaves_the_global_seed_alone(fitted):
 def test_fitting_again_forgets_the_first_fit(fitted):
     bridge, _ = fitted
     fresh = type(bridge)(**bridge.options)
-    fresh.fit(*world(seed=1)).fit(*world(), directions=[("text", "audio")])
+    fresh.fit(*world(seed=1, dims=(7, 7), modalities=("video", "text"))).fit(*world(), directions=[("text", "audio")])
     assert fresh.directions == (("text", "audio"),)
     assert fresh.state_dict().keys() == bridge.state_dict().keys()
     for name, value in bridge.state_dict().items():

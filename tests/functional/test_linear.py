@@ -76,6 +76,14 @@ def test_automatic_penalty_never_interpolates_with_fewer_rows_than_dimensions():
     assert residual > 0.05
 
 
+def test_automatic_penalty_is_large_where_the_score_cannot_tell():
+    """Isotropic rows, fewer than dimensions: the score is the same for every penalty but for rounding."""
+    x, y = pairs(20, 50, 5)
+    u, _, vt = torch.linalg.svd(x.double(), full_matrices=False)
+    white = u[:, :19] @ vt[:19]
+    assert linear.ridge_penalty_gcv(white, y) > 50
+
+
 @pytest.mark.parametrize("penalty", [-1.0, float("nan"), float("inf")])
 def test_ridge_refuses_a_bad_penalty(penalty):
     with pytest.raises(ValueError, match="penalty"):

@@ -204,9 +204,10 @@ def _gcv_minimum(values: Tensor, projected: Tensor, total: float, n: int) -> flo
     power = projected.square().sum(1)
     residual = (total - (power * (values + 2 * penalty) / (values + penalty) ** 2).sum(1)).clamp_min(0)
     left = n - 1 - (values / (values + penalty)).sum(1)
-    # With N <= D both sides of the ratio vanish at penalty 0: what leaves no degrees of freedom is no candidate.
+    # With N <= D both sides of the ratio vanish at penalty 0: what leaves no degrees of freedom is no candidate. Where
+    # the score cannot tell (isotropic rows), the larger penalty is the safer one.
     score = torch.where(left > 0.01 * n, residual / left.clamp_min(1e-12) ** 2, torch.inf)
-    return float(penalty[score.argmin()])
+    return float(penalty[(score <= score.min() * (1 + 1e-9)).nonzero().max()])
 
 
 def _total(rows: Tensor) -> float:
