@@ -10,7 +10,8 @@ so that exact ranks never need the score matrix. The weights minimise
     symmetric InfoNCE of the validation gallery + (pseudo_queries / queries) |w - s w_prior|^2 / |s w_prior|^2
 
 by projected gradient, so that a component may end at exactly 0 (s: the best scale of the prior alone). A gallery of
-fifty clips cannot tell five scores apart: there the prior decides, on a thousand the data do. Should the result rank
+fifty clips cannot tell five scores apart: there the prior decides, and the more queries
+there are (of at most `max_rows`), the more the data do. Should the result rank
 the validation gallery worse than one of the rivals (the bridges) alone, it is moved towards that one until it does not:
 the fused score is never worse on validation than any of them.
 """

@@ -59,7 +59,8 @@ class DiffGAPModule(LightningModule):
         strength: How far back it is noised by default.
         num_steps: Sampler steps by default.
         blend: Share of the centred source in the posterior-mean start.
-        refiner: Folder of a refiner to go on from; its architecture and space replace those named here.
+        refiner: Folder of a refiner to go on from; its space, architecture and defaults of `refine` replace those named
+            here.
         optimizer: Default AdamW with learning rate 5e-4 and weight decay 0.01.
         lr_scheduler: None keeps the learning rate.
         seed: Of the training noise and of the validation's samples.
