@@ -36,7 +36,8 @@ from diffgap_lightning.data.losses import LossLedger
 from diffgap_lightning.data.plan import TrainPlan
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shards import write_embedding_shards
-from diffgap_lightning.data.stream import TrainLoader, TrainStream
+from diffgap_lightning.data.stream import TrainStream
+from diffgap_lightning.data.stream_loader import TrainLoader
 from diffgap_lightning.data.table import EmbeddingTable
 
 BATCH = 4096

@@ -21,7 +21,8 @@ from diffgap_lightning.data.plan import TrainPlan
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shard_reader import BlockReader
 from diffgap_lightning.data.shard_verify import verify_shards
-from diffgap_lightning.data.stream import TrainLoader, TrainStream
+from diffgap_lightning.data.stream import TrainStream
+from diffgap_lightning.data.stream_loader import TrainLoader
 from diffgap_lightning.data.webdataset_module import WebDatasetDataModule
 from diffgap_lightning.functional.pairs import hash_ids
 

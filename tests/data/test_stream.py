@@ -9,7 +9,8 @@ import torch
 from diffgap_lightning.data.losses import LossLedger
 from diffgap_lightning.data.plan import EvalPlan, TrainPlan
 from diffgap_lightning.data.shard_index import open_shards
-from diffgap_lightning.data.stream import EvalLoader, EvalStream, TrainLoader, TrainStream
+from diffgap_lightning.data.stream import EvalStream, TrainStream
+from diffgap_lightning.data.stream_loader import EvalLoader, TrainLoader
 
 Ids = list[list[int]]
 

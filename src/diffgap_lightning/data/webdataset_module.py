@@ -21,7 +21,8 @@ from diffgap_lightning.data.plan import EvalPlan, TrainPlan
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shard_reader import ShardSet
 from diffgap_lightning.data.shard_table import read_embedding_shards
-from diffgap_lightning.data.stream import EvalLoader, EvalStream, StreamLoader, TrainLoader, TrainStream
+from diffgap_lightning.data.stream import EvalStream, TrainStream
+from diffgap_lightning.data.stream_loader import EvalLoader, StreamLoader, TrainLoader
 from diffgap_lightning.data.table import EmbeddingTable
 from diffgap_lightning.data.urls import is_remote
 
