@@ -135,9 +135,7 @@ class _Ground:
         """One record, and R@1 in every replicate (R,)."""
         source, target = direction
         source_ids, target_ids = self.table.ids[source], self.table.ids[target]
-        asks = torch.isin(
-            source_ids, target_ids
-        )  # a query without any positive has no rank; it may still be a candidate
+        asks = torch.isin(source_ids, target_ids)  # without a positive there is no rank; such rows are candidates only
         if not asks.any():
             raise ValueError(f"{source}, {target}: no id in common; expected rows with equal ids as positive pairs")
         query, gallery = self.table.embeddings[source], self.table.embeddings[target]
