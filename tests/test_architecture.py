@@ -31,8 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "bridges": BASE | {"space", "losses", "gaussian"},
     "cdm": BASE | {"diffusion", "denoiser", "gaussian", "space"},
     "fusion": BASE,
-    "refiner": BASE | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges"},
-    "training": BASE | {"diffusion", "losses", "metrics", "refiner", "cdm", "fusion", "plotting"},
+    "refiner_config": BASE | {"diffusion", "space"},
+    "refiner": BASE | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"},
+    "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "encoders", "data"},
     "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting"},
 }

@@ -60,9 +60,10 @@ def test_a_config_trains_at_a_tiny_size(path: Path, tmp_path: Path, table: Path)
         main(["shards", "pack", str(table), str(tmp_path), "--val-fraction=0.2", "--test-fraction=0.2"])
         data = {split: str(tmp_path / split) for split in ("train", "val", "test")} | {"batch_size": 64}
     flags = [f"--data.{key}={value}" for key, value in data.items()]
-    epochs = config["trainer"].get("check_val_every_n_epoch", 1)
+    epochs = config["trainer"].get("check_val_every_n_epoch", 1)  # up to the first validation
+    until = f"max_epochs={epochs}" if epochs else f"max_steps={config['trainer']['val_check_interval']}"
     trainer = [
-        f"--trainer.max_epochs={epochs}",
+        f"--trainer.{until}",
         f"--trainer.default_root_dir={tmp_path}/run",
         "--trainer.accelerator=cpu",
     ]

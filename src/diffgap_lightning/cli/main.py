@@ -24,12 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("diffgap_lightning.cli.trainer:validate", "measure a trained run on its validation rows"),
     "test": ("diffgap_lightning.cli.trainer:test", "measure a trained run on its test rows"),
     "predict": ("diffgap_lightning.cli.trainer:predict", "refine the embeddings of the prediction rows"),
+    "compare": ("diffgap_lightning.cli.compare:run", "bridges and a refiner on one table: text, JSON, a page"),
     "embed": ("diffgap_lightning.cli.embed:run", "embed a corpus of audio, text and video into shards"),
     "shards": ("diffgap_lightning.cli.shards:run", "pack embeddings into shards for streaming, and look after them"),
-    "compare": (
-        "diffgap_lightning.cli.compare:run",
-        "put the bridges and a refiner on one table, as text, JSON and HTML",
-    ),
 }
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
