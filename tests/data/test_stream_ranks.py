@@ -77,7 +77,7 @@ def test_two_ranks_end_together_with_the_metrics_of_one(shards: Callable, tmp_pa
     jobs = []
     for count in range(1, 10):
         train = shards(150, count=count, name=f"train{count}", block=7)
-        val = shards(25, count=count, name=f"val{count}", kind="rows", captions=3, block=5)
+        val = shards(28, count=count, name=f"val{count}", kind="rows", captions=3, block=5)
         for context in ("fork", "spawn"):
             if count in COUNTS[context]:
                 out = str(tmp_path / f"{context}{count}")

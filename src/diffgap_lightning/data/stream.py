@@ -1,8 +1,8 @@
 """Batches from shards: data sets that compute any batch of a plan, in any process and in any order.
 
-A loader (`data/stream_loader.py`) sends workers *requests*, epoch and step, and a worker answers with the batch that the
-plan puts there for its rank, which it was given with the data set. So a worker counts nothing and needs no process group,
-and spawned and forked workers do the same.
+A loader (`data/stream_loader.py`) sends workers *requests*, epoch and step, and a worker answers with the batch that
+the plan puts there for its rank, which it was given with the data set. So a worker counts nothing and needs no process
+group, and spawned and forked workers do the same.
 """
 
 from __future__ import annotations
