@@ -47,8 +47,15 @@ def test_noise_that_only_looks_like_pairs_is_not_learned():
     g = torch.Generator().manual_seed(0)
     embeddings = {m: unit(torch.randn(80, 16, generator=g)) for m in ("text", "audio")}
     ids = {m: torch.arange(80) for m in embeddings}
-    bridge = MLPBridge(width=32, max_steps=200, patience=40).fit(embeddings, ids)
-    assert bridge.steps["audio", "text"][1] <= 40
+    asked = []
+    bridge = MLPBridge(
+        width=32, max_steps=400, patience=40, progress=lambda steps: asked.append(iter(steps)) or asked[-1]
+    )
+    bridge.fit(embeddings, ids)
+    contrast, regression = bridge.steps["audio", "text"]
+    assert regression <= 40
+    for best, steps in zip((contrast, regression), asked, strict=False):
+        assert 400 - len(list(steps)) == best + 40  # training went on for `patience` steps
 
 
 def test_it_learns_what_no_linear_map_can():
@@ -69,6 +76,8 @@ def test_a_random_start_has_no_closed_form_in_it():
     bridge = MLPBridge(start="random", width=32, max_steps=80, learning_rate=3e-3, dropout=0.0).fit(embeddings, ids)
     assert not bridge._get("tower_linear:text->audio").any()
     assert not bridge._get("regression_linear:text->audio").any()
+    assert bridge._get("tower_out:text->audio").shape == (32, 8)
+    assert bridge._get("centred_weight:audio->text") == 0
     assert r1(bridge, embeddings) > 0.1
 
 
