@@ -29,7 +29,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from diffgap_lightning.bridges import Bridge, CCABridge, CentreBridge, ProcrustesBridge, RidgeBridge
+from diffgap_lightning.bridges import (
+    Bridge,
+    CCABridge,
+    CentreBridge,
+    ProcrustesBridge,
+    RestoredRidgeBridge,
+    RidgeBridge,
+)
 from diffgap_lightning.cdm import ContrastiveDiffusion
 from diffgap_lightning.checkpoint import load_folder, save_folder
 from diffgap_lightning.denoiser import MLPDenoiser
@@ -48,12 +55,14 @@ from diffgap_lightning.space import EmbeddingSpace, Rank
 _BRIDGES: dict[str, type[Bridge]] = {
     "centre": CentreBridge,
     "ridge": RidgeBridge,
+    "restored": RestoredRidgeBridge,
     "procrustes": ProcrustesBridge,
     "cca": CCABridge,
 }
-# Weights before there is a validation, and where it is small: the centred cosine, and a little of what corrects it.
+# Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
+# correct it.
 _NETWORK = ("forward", "backward")
-_PRIOR_WEIGHTS = {"centre": 1.0, "cca": 0.3, "forward": 0.3, "backward": 0.3}
+_PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "forward": 0.2, "backward": 0.2}
 
 
 class DiffGAPRefiner(nn.Module):

@@ -20,7 +20,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_modalities_of_different_dimension(rows, excite) -> None:
     x, ids = rows(dims={"text": 10, "audio": DIM})
     refiner = excite(DiffGAPRefiner.measure(x, ids, rank="full", width=16, depth=1))
-    assert {"ridge", "cca"} <= set(refiner.bridges) <= {"ridge", "cca", "procrustes"}
+    assert {"ridge", "cca"} <= set(refiner.bridges) <= {"ridge", "restored", "cca", "procrustes"}
     assert refiner.refine(x["text"][:4], **TA, generator=generator()).shape == (4, DIM)
     assert refiner.refine(x["audio"][:4], **AT, num_samples=2, generator=generator()).shape == (4, 2, 10)
     assert refiner.score(x["text"][:4], x["audio"][:7], **TA).shape == (4, 7)

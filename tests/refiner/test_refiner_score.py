@@ -35,7 +35,7 @@ def test_components_are_the_bridges_and_both_directions(rows, refiner) -> None:
     x = rows(n=12, seed=1)[0]
     found = {m: refiner.components(x[m], modality=m, pair=("text", "audio")) for m in x}
     assert list(found["text"]) == list(found["audio"]) == [
-        "centre", "ridge", "procrustes", "cca", "forward", "backward"
+        "centre", "ridge", "restored", "procrustes", "cca", "forward", "backward"
     ]  # fmt: skip
     z = {m: refiner.space.encode(x[m], m) for m in x}
     with torch.no_grad():
