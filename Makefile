@@ -32,6 +32,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 install: $(VENV)/.installed ## build the virtual environment
 dev: $(VENV)/.installed-dev ## the same with the tools for development
 
+# The matrices of the quickstart and the tests are small: on a busy machine more threads than one only wait for each other.
+quickstart test test-fast: export OMP_NUM_THREADS ?= 1
+
 quickstart: $(VENV)/.installed ## train on the synthetic world, test, compare with the rivals
 	$(BIN)/diffgap fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
 	$(BIN)/diffgap test --config $(RUN)/config.yaml
@@ -40,9 +43,6 @@ quickstart: $(VENV)/.installed ## train on the synthetic world, test, compare wi
 	@echo "Look at:  $(RUN)/compare/compare.html   the table and the space before and after"
 	@echo "          $(RUN)/refiner/               the refiner: DiffGAPRefiner.from_pretrained(\"$(RUN)/refiner\")"
 	@echo "          $(BIN)/tensorboard --logdir $(RUN)"
-
-# The tests' matrices are tiny, and some tests start several processes: more threads than one would fight.
-test test-fast: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest

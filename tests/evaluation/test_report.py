@@ -42,6 +42,7 @@ class Tags(HTMLParser):
 
 def test_cells_print_mmd_in_thousandths_and_a_dash_for_nothing() -> None:
     assert cells(record()) == ["0.500", "0.400 0.600", "0.750", "0.875", "1.5", "0.600", "0.432", "15.7", "0.250"]
+    assert cells(record(mmd2=-1e-6))[-2] == "0.0"
     assert cells(record(cosine=None, mmd2=None, frechet=None))[-3:] == ["-", "-", "-"]
 
 

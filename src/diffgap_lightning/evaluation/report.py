@@ -37,7 +37,7 @@ COLUMNS = (
 
 def cells(record: Record) -> list[str]:
     """A record's figures as the tables print them; "-" where there is none."""
-    values = {**record, "mmd2": None if record["mmd2"] is None else 1000 * record["mmd2"]}
+    values = {**record, "mmd2": None if record["mmd2"] is None else round(1000 * record["mmd2"], 1) + 0.0}
     return ["-" if values[key] is None else form.format(values[key]) for _, key, form in COLUMNS]
 
 
