@@ -27,6 +27,7 @@ from diffgap_lightning.functional.linear import ridge
 _MAX_HELD_OUT = 2000
 _REFIT_SHARE = 0.05
 _EPOCHS, _MIN_STEPS = 5, 500
+_LONGER = 4  # times as many for networks that begin at random
 _PLAIN = CCAChoice(rank=128, shrinkage=0.5, power=1.0, centred_weight=0.0)  # its rank is the towers' output dimension
 
 
@@ -40,7 +41,8 @@ class MLPBridge(Bridge):
         learning_rate: Of AdamW, after a short warm-up.
         weight_decay: Of AdamW.
         batch_size: Pairs in a batch.
-        max_steps: Most steps of each of the two trainings; `"auto"`: five epochs, but at least 500.
+        max_steps: Most steps of each of the two trainings; `"auto"`: five epochs, but at least 500; four times as many
+            from a random start.
         patience: Steps without a better held-out loss before training stops.
         held_out: Share of ids held out to decide when to stop, at most 2000 ids; 0: never stop early. Where it is more
             than a twentieth of all ids, training is repeated on all rows for the number of steps found.
@@ -104,6 +106,7 @@ class MLPBridge(Bridge):
         limit = self.options["max_steps"]
         if limit == "auto":
             limit = max(_MIN_STEPS, _EPOCHS * len(rows.i) // self.how.batch_size)
+            limit *= 1 if self.options["start"] == "closed_form" else _LONGER
         limits = steps or (limit, limit)
 
         def run(nets: Nets, loss: Loss, max_steps: int) -> tuple[Nets, int]:
