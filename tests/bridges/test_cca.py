@@ -27,7 +27,7 @@ def world(n=400, d=12, noise=0.5, distractors=0, seed=0):
 
 def paired(embeddings, ids):
     a, b = (embeddings[m] - embeddings[m].mean(0) for m in ("audio", "text"))
-    return PairedRows.of(a, b, ids["audio"], ids["text"], "a and b")
+    return PairedRows.find(a, b, ids["audio"], ids["text"], "a and b")
 
 
 def r1(bridge, rows):
@@ -88,7 +88,7 @@ def test_choice_is_that_of_a_plain_cross_validation():
     choices = open_choices(rank=8, shrinkage="auto", power=1.0, centred_weight=0.0)
     loss = dict.fromkeys(choices, 0.0)
     for held in rows.held_out(5, 500, seed=3):
-        rest = rows.of_ids(torch.unique(held.first_ids), inside=False)
+        rest = rows.of(~torch.isin(rows.first_ids[rows.i], held.first_ids))
         positive = held.first_ids[:, None] == held.second_ids
         for choice in choices:
             w_x, w_y, c = canonical_correlations(rest.x, rest.y, choice.rank, choice.shrinkage)

@@ -92,7 +92,7 @@ class Bridge(nn.Module):
             self._keep(f"mean:{m}", mean.float())
             centred[m] = embeddings[m].float() - self._get(f"mean:{m}")
         for first, second in self.pairs:
-            rows = PairedRows.of(centred[first], centred[second], ids[first], ids[second], f"{first} and {second}")
+            rows = PairedRows.find(centred[first], centred[second], ids[first], ids[second], f"{first} and {second}")
             with full_float32(rows.first.device):
                 self._fit_pair(first, second, rows)
         return self.eval()

@@ -1,9 +1,10 @@
-"""Which regularisation CCA should have: chosen by the contrastive loss of rows held out by whole ids.
+"""Which regularisation CCA should have: chosen by the contrastive loss of held-out rows.
 
-For every setting the exact solution on the other rows scores the held-out ones, and the least symmetric InfoNCE, at its
-best temperature, wins. That loss is smooth where R@1 of a few dozen rows is not. Settings share what they can: the
-moments of the fitted rows are all moments less the held-out ones, each fold has one eigendecomposition a side, and
-settings that differ in exponent or centred weight alone have one solution.
+Whole ids are held out (where ids are classes, rows: see `PairedRows.units`). For every setting the exact solution on
+the other rows scores the held-out ones, and the least symmetric InfoNCE, at its best temperature, wins. That loss is
+smooth where R@1 of a few dozen rows is not. Settings share what they can: the moments of the fitted rows are all
+moments less the held-out ones, each fold has one eigendecomposition a side, and settings that differ in exponent or
+centred weight alone have one solution.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _GRIDS: tuple[tuple[float, ...], ...] = (
 )
 _TEMPERATURES = (8.0, 16.0, 32.0)
 _NUM_FOLDS = 5
-_MAX_HELD_OUT = 500  # ids; with many more pairs than that one fold is enough
+_MAX_HELD_OUT = 500  # ids, or rows; with many more pairs than that one fold is enough
 unit = nn.functional.normalize
 
 

@@ -44,7 +44,7 @@ class MLPBridge(Bridge):
         max_steps: Most steps of each of the two trainings; `"auto"`: five epochs, but at least 500; four times as many
             from a random start.
         patience: Steps without a better held-out loss before training stops.
-        held_out: Share of ids held out to decide when to stop, at most 2000 ids; 0: never stop early. Where it is more
+        held_out: Share of ids held out to decide when to stop, at most 2000; 0: never stop early. Where it is more
             than a twentieth of all ids, training is repeated on all rows for the number of steps found.
         seed: Of everything drawn.
         progress: Wraps the iteration over steps, e.g. in a progress bar; not saved.
@@ -86,7 +86,7 @@ class MLPBridge(Bridge):
         if self.options["start"] == "closed_form":
             choices = open_choices(centred_weight="auto" if self._same_dims(first, second) else 0.0)
             choice = best_choice(choices, rows, moments_of(rows), self.options["seed"])
-        held, fitted = self._split(rows)
+        held, fitted = rows.split(self.options["held_out"], _MAX_HELD_OUT, self.options["seed"])
         nets, steps = self._train(fitted, held, choice)
         if held is not None and len(held.i) > _REFIT_SHARE * len(rows.i):
             nets, _ = self._train(rows, None, choice, steps)
@@ -116,16 +116,6 @@ class MLPBridge(Bridge):
         towers, first = run(towers, contrastive_loss(choice.centred_weight), limits[0])
         regressions, second = run(regressions, regression_loss, limits[1])
         return (towers, regressions), (first, second)
-
-    def _split(self, rows: PairedRows) -> tuple[PairedRows | None, PairedRows]:
-        """Held-out pairs, if any, and the others."""
-        shared = torch.unique(rows.first_ids[rows.i])
-        if self.options["held_out"] == 0 or len(shared) < 2:
-            return None, rows
-        number = min(_MAX_HELD_OUT, max(1, int(self.options["held_out"] * len(shared))))
-        order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(self.options["seed"]))
-        held = shared[order[:number].to(shared.device)]
-        return rows.of_ids(held), rows.of_ids(held, inside=False)
 
     def _begin(self, rows: PairedRows, choice: CCAChoice, generator: torch.Generator) -> tuple[Nets, Nets]:
         """Untrained towers and regressions."""

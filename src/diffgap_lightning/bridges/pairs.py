@@ -16,6 +16,7 @@ from torch import Tensor
 from diffgap_lightning.functional.pairs import pair_indices
 
 MAX_PAIRS = 1_000_000
+_CLASS_SIZE = 8  # pairs an id, on average, from which on ids are taken for classes
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PairedRows:
     j: Tensor
 
     @classmethod
-    def of(cls, first: Tensor, second: Tensor, first_ids: Tensor, second_ids: Tensor, name: str) -> PairedRows:
+    def find(cls, first: Tensor, second: Tensor, first_ids: Tensor, second_ids: Tensor, name: str) -> PairedRows:
         """Find the pairs, at most about `MAX_PAIRS`.
 
         Raises:
@@ -62,30 +63,55 @@ class PairedRows:
         """`(P, D_2)` their partners."""
         return _take(self.second, self.j)
 
-    def held_out(self, num_folds: int, max_ids: int, seed: int = 0) -> Iterator[PairedRows]:
-        """The held-out rows of a cross-validation by whole ids; what is fitted on is all rows less these.
+    def units(self) -> Tensor:
+        """What may be held out, as a number for each pair `(P,)`: its id, or a row of its own.
+
+        Ids usually are clips, and new clips are what a bridge will meet. Ids with many rows are classes, of which new
+        rows will be met: then each row of the modality with more rows is a unit, whose partners stay on both sides.
+        """
+        if len(self.i) < _CLASS_SIZE * len(torch.unique(self.first_ids[self.i])):
+            return self.first_ids[self.i]
+        return self.i if len(torch.unique(self.i)) >= len(torch.unique(self.j)) else self.j
+
+    def held_out(self, num_folds: int, max_units: int, seed: int = 0) -> Iterator[PairedRows]:
+        """The held-out rows of a cross-validation by whole units; what is fitted on is all pairs less these.
 
         Args:
             num_folds: K.
-            max_ids: Each fold holds out the K-th part of the shared ids, but at most so many.
-            seed: Of the assignment of ids to folds.
+            max_units: Each fold holds out the K-th part of the units, but at most so many.
+            seed: Of the assignment of units to folds.
         """
-        shared = torch.unique(self.first_ids[self.i])
-        if len(shared) < 2:
-            return
-        order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(seed)).to(shared.device)
-        size = min(max_ids, -(-len(shared) // max(2, num_folds)))
-        for k in range(num_folds):
-            held = shared[order[k * size : (k + 1) * size]]
+        units = self.units()
+        order = _shuffled(units, seed)
+        size = min(max_units, -(-len(order) // max(2, num_folds)))
+        for k in range(num_folds if len(order) > 1 else 0):
+            held = order[k * size : (k + 1) * size]
             if len(held) > 0:
-                yield self.of_ids(held)
+                yield self.of(torch.isin(units, held))
 
-    def of_ids(self, ids: Tensor, inside: bool = True) -> PairedRows:
-        """The paired rows whose id is among `ids`, or is not; rows without a partner are left out."""
-        pair = torch.isin(self.first_ids[self.i], ids) == inside
-        a, i = self.i[pair].unique(return_inverse=True)
-        b, j = self.j[pair].unique(return_inverse=True)
+    def split(self, share: float, max_units: int, seed: int = 0) -> tuple[PairedRows | None, PairedRows]:
+        """Hold out a share of the units, at least one and at most `max_units`; None if there is nothing to hold out.
+
+        Returns:
+            (held out, the rest)
+        """
+        units = self.units()
+        order = _shuffled(units, seed)
+        if share == 0 or len(order) < 2:
+            return None, self
+        held = torch.isin(units, order[: min(max_units, max(1, int(share * len(order))))])
+        return self.of(held), self.of(~held)
+
+    def of(self, pairs: Tensor) -> PairedRows:
+        """Some of the pairs, by a mask `(P,)`, and the rows that are in them."""
+        a, i = self.i[pairs].unique(return_inverse=True)
+        b, j = self.j[pairs].unique(return_inverse=True)
         return PairedRows(self.first[a], self.second[b], self.first_ids[a], self.second_ids[b], i, j)
+
+
+def _shuffled(units: Tensor, seed: int) -> Tensor:
+    distinct = torch.unique(units)
+    return distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).to(units.device)]
 
 
 def _few_rows(first_ids: Tensor, second_ids: Tensor) -> list[Tensor]:
