@@ -22,7 +22,8 @@ class ContrastiveEncoder(nn.Module):
     """Base class of encoders; a subclass sets the attributes and overrides the `embed_*` of its modalities.
 
     Attributes:
-        modalities: Which of `"audio"`, `"text"`, `"video"` it embeds.
+        modalities: Which of `"audio"`, `"text"`, `"video"`, `"image"` it embeds.
+        sequence_modalities: Which of them `embed_sequence` embeds frame by frame.
         dim: D, the width of the space.
         sample_rate: Of the mono waveforms that `embed_audio` takes, in Hz; None without audio.
         fps: Frames a second of the video that `embed_video` takes; None without video.
@@ -31,6 +32,7 @@ class ContrastiveEncoder(nn.Module):
     """
 
     modalities: tuple[str, ...] = ()
+    sequence_modalities: tuple[str, ...] = ()
     dim: int = 0
     sample_rate: int | None = None
     fps: float | None = None
@@ -67,6 +69,28 @@ class ContrastiveEncoder(nn.Module):
             `(B, D)` float32, unit norm.
         """
         self._refuse("video")
+
+    def embed_image(self, images: Sequence[Tensor]) -> Tensor:
+        """Embed B images `(3, H_i, W_i)`, uint8 RGB, after `transform("image")`: `(B, D)` float32, unit norm."""
+        self._refuse("image")
+
+    def embed_sequence(self, modality: str, items: Sequence[Tensor]) -> Tensor:
+        """Embed items frame by frame.
+
+        Args:
+            modality: One of `sequence_modalities`.
+            items: As `embed_<modality>` takes them, all of one length.
+
+        Returns:
+            `(B, T, D)` float32, each frame of unit norm.
+
+        Raises:
+            ValueError: the encoder has no such sequences, or the items differ in length.
+        """
+        raise ValueError(
+            f"{type(self).__name__} gives sequences of {', '.join(self.sequence_modalities) or 'nothing'}, got "
+            f"{modality}; choose another encoder or the pooled embedding"
+        )
 
     def transform(self, modality: str) -> Transform | None:
         """What a data-loading worker applies to one decoded item; None for nothing. It must pickle, without weights."""
