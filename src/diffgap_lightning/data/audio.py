@@ -66,9 +66,12 @@ def _finish(channels: Tensor, source_rate: int, sample_rate: int) -> Tensor:
     mono = channels.mean(dim=0)
     if not torch.isfinite(mono).all():
         raise MediaError("NaN or infinite samples")
-    if source_rate != sample_rate:
-        mono = _resampler(source_rate, sample_rate)(mono)
-    return mono.clamp_(-1.0, 1.0)
+    return resample(mono, source_rate, sample_rate).clamp_(-1.0, 1.0)
+
+
+def resample(waveform: Tensor, source_rate: int, sample_rate: int) -> Tensor:
+    """`(..., T)` at one rate to `(..., T')` at another (both in Hz), by a windowed sinc; itself at equal rates."""
+    return waveform if source_rate == sample_rate else _resampler(source_rate, sample_rate)(waveform)
 
 
 @lru_cache(maxsize=16)
