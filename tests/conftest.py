@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -85,3 +87,15 @@ def make_video() -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_generators() -> ModuleType:
+    """The module `tiny_generators.py`: tiny random generators of the real classes; skips without diffusers."""
+    pytest.importorskip("diffusers", reason="needs pip install 'diffgap-lightning[diffusers]'")
+    spec = spec_from_file_location("tiny_generators", ROOT / "tests" / "tiny_generators.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,148 @@
+"""What happens to an embedding on its way into a generator: one refiner, its options, and who shares a sample.
+
+    shared (default)    refine (B, D), then tile:  every candidate of a prompt gets the same refined embedding
+    per_candidate       tile, then refine:         every candidate gets a sample of its own
+    num_samples         the normalised mean of so many samples stands for each of them
+
+The noise comes from a generator of its own, so that the audio generator draws what it would have drawn alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Refines(Protocol):
+    """What can be attached: a `DiffGAPRefiner`, any of the bridges, or whatever else has this method."""
+
+    def refine(
+        self,
+        embedding: Tensor,
+        *,
+        source: str,
+        target: str,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`(B, D)` -> `(B, D_target)`, or `(B, num_samples, D_target)` for more than one sample."""
+
+
+class Conditioner:
+    """Refines a generator's conditional embeddings; called by the adapters.
+
+    Args:
+        refiner: See `Refines`; options that are None are not passed to it.
+        source: Modality of the generator's embeddings.
+        target: Modality that they are to look like.
+        strength: As in `DiffGAPRefiner.refine`.
+        num_samples: Samples whose normalised mean is used.
+        guidance_scale: As in `DiffGAPRefiner.refine`.
+        num_steps: As in `DiffGAPRefiner.refine`.
+        start: As in `DiffGAPRefiner.refine`.
+        per_candidate: A sample for each candidate of a prompt instead of one for all.
+        per_frame: Refine each frame of a sequence as an embedding of its own.
+        seed: Of the refiner's noise; `reset` begins it anew.
+        generator: Source of the noise instead of `seed`; it goes on from call to call.
+        differentiable: Let gradients through (`refine_with_grad`).
+
+    Raises:
+        ValueError: options out of range, or a direction that the refiner does not have.
+    """
+
+    def __init__(
+        self,
+        refiner: Refines,
+        *,
+        source: str = "text",
+        target: str = "audio",
+        strength: float | None = None,
+        num_samples: int = 1,
+        guidance_scale: float | None = None,
+        num_steps: int | None = None,
+        start: str | None = None,
+        per_candidate: bool = False,
+        per_frame: bool = False,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        if not callable(getattr(refiner, "refine", None)):
+            raise TypeError(f"refiner: got {type(refiner).__name__}, expected a DiffGAPRefiner, a bridge or another "
+                            "object with refine()")  # fmt: skip
+        if num_samples < 1:
+            raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"strength: got {strength}, expected 0 (the start itself) to 1 (pure noise)")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
+        if not differentiable and isinstance(refiner, nn.Module) and refiner.training:
+            raise ValueError("refiner: it is in training mode, with dropout; call refiner.eval() first")
+        known = getattr(refiner, "directions", None)
+        if known is not None and (source, target) not in known:
+            listed = ", ".join(f"{s}->{t}" for s, t in known)
+            raise ValueError(f"source={source!r}, target={target!r}: this {type(refiner).__name__} knows {listed}")
+        self.refiner, self.source, self.target = refiner, source, target
+        self.num_samples, self.per_candidate, self.per_frame = num_samples, per_candidate, per_frame
+        self._given, self._seed, self._differentiable = generator, seed, differentiable
+        options = {"strength": strength, "guidance_scale": guidance_scale, "num_steps": num_steps, "start": start}
+        self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the noise of `seed` anew; a generator that was given goes on."""
+        self._generator = self._given or torch.Generator().manual_seed(self._seed)
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """Embedding dimension of each modality, as far as the refiner says."""
+        config = getattr(self.refiner, "config", None)
+        return getattr(self.refiner, "dims", None) or getattr(config, "dims", None) or {}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The encoder in whose space the refiner was trained, if it is known."""
+        return getattr(getattr(self.refiner, "config", None), "encoder", None)
+
+    def __call__(self, embedding: Tensor, candidates: int = 1) -> Tensor:
+        """Refine and tile.
+
+        Args:
+            embedding: `(B, D)`, `(B, 1, D)` or, for a refiner of sequences or with `per_frame`, `(B, T, D)`.
+            candidates: How many waveforms each row conditions.
+
+        Returns:
+            The same layout with `B * candidates` rows, those of a row beside each other.
+        """
+        frames = embedding.shape[1] if embedding.ndim == 3 else None
+        single = frames == 1 or (self.per_frame and frames is not None)
+        rows = embedding.flatten(0, 1) if single else embedding
+        own = candidates if self.per_candidate else 1
+        out = self._samples(rows, own)  # (rows, own, ...)
+        if single:
+            out = out.unflatten(0, (-1, frames)).transpose(1, 2)
+        out = out.flatten(0, 1)
+        return out if self.per_candidate else out.repeat_interleave(candidates, 0)
+
+    def _samples(self, rows: Tensor, own: int) -> Tensor:
+        """`(R, own, ...)`: the means of `num_samples` samples."""
+        count = own * self.num_samples
+        refine = getattr(self.refiner, "refine_with_grad" if self._differentiable else "refine")
+        out = refine(
+            rows,
+            source=self.source,
+            target=self.target,
+            num_samples=count,
+            generator=self._generator,
+            **self._options,
+        )
+        if count == 1:
+            return out.unsqueeze(1)
+        if self.num_samples == 1:
+            return out
+        mean = out.unflatten(1, (own, self.num_samples)).float().mean(2)
+        return nn.functional.normalize(mean, dim=-1).to(out.dtype)
