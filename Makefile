@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test test-fast lint clean
+.PHONY: help quickstart install dev test test-fast test-audioldm lint clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)
@@ -29,11 +29,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
 
+# The audioldm package pins numpy 1.23 and librosa 0.9: a second, small environment that sees the first one's packages.
+$(VENV)-audioldm/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(VENV)-audioldm
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(VENV)-audioldm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-first-environment.pth"
+	$(VENV)-audioldm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[audioldm]' 'matplotlib<3.9' 'contourpy<1.3'
+	touch $@
+
 install: $(VENV)/.installed ## build the virtual environment
 dev: $(VENV)/.installed-dev ## the same with the tools for development
 
 # The matrices of the quickstart and the tests are small: on a busy machine more threads than one only wait for each other.
-quickstart test test-fast: export OMP_NUM_THREADS ?= 1
+quickstart test test-fast test-audioldm: export OMP_NUM_THREADS ?= 1
 
 quickstart: $(VENV)/.installed ## train on the synthetic world, test, compare with the rivals
 	$(BIN)/diffgap fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
@@ -50,10 +58,13 @@ test: $(VENV)/.installed-dev ## the whole test suite
 test-fast: $(VENV)/.installed-dev ## without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
+test-audioldm: $(VENV)-audioldm/.installed ## the tests that need the audioldm package, in an environment of its own
+	$(VENV)-audioldm/bin/python -m pytest tests/integrations -k audioldm
+
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 clean: ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audioldm build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
