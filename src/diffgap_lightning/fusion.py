@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffgap_lightning.functional.retrieval import recall_at_k, retrieval_ranks
+from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
+from diffgap_lightning.functional.retrieval import recall_at_k
 
 Features = Mapping[str, Tensor]
 
@@ -40,11 +41,8 @@ def fuse(features: Features, weights: Mapping[str, float]) -> Tensor:
 
 def mean_recall(source: Tensor, target: Tensor, source_ids: Tensor, target_ids: Tensor) -> float:
     """R@1 of features `(N, F)`, `(M, F)`, averaged over both directions; rows without a partner are no queries."""
-    total = 0.0
-    for q, g, q_ids, g_ids in ((source, target, source_ids, target_ids), (target, source, target_ids, source_ids)):
-        asked = torch.isin(q_ids, g_ids)
-        total += float(recall_at_k(retrieval_ranks(q[asked], g, q_ids[asked], g_ids).best, 1)) / 2
-    return total
+    ranks = mutual_retrieval_ranks(source, target, source_ids, target_ids)
+    return sum(recall_at_k(found.best, 1) for found in ranks) / 2
 
 
 def fit_weights(

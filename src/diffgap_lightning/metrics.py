@@ -17,7 +17,8 @@ from torchmetrics import Metric
 
 from diffgap_lightning.functional import gap
 from diffgap_lightning.functional.checks import check_embeddings
-from diffgap_lightning.functional.retrieval import retrieval_ranks, retrieval_summary
+from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
+from diffgap_lightning.functional.retrieval import retrieval_summary
 
 _SIDES = ("source", "target")
 
@@ -35,11 +36,11 @@ class _PairedRows(Metric):
     source_rows: list[Tensor]
     target_rows: list[Tensor]
 
-    def __init__(self, source: str, target: str, *, chunk_size: int = 1024) -> None:
+    def __init__(self, source: str, target: str) -> None:
         super().__init__()
         if source == target:
             raise ValueError(f"got the modality {source!r} twice, expected a source and another target")
-        self.source, self.target, self.chunk_size = source, target, chunk_size
+        self.source, self.target = source, target
         for side in _SIDES:
             for column in ("features", "ids", "rows"):
                 self.add_state(f"{side}_{column}", default=[], dist_reduce_fx=None)
@@ -140,7 +141,6 @@ class PairedRetrieval(_PairedRows):
     Args:
         source: Name of one modality.
         target: Name of the other.
-        chunk_size: Queries ranked at once.
 
     Example:
         >>> metric = PairedRetrieval("text", "audio")
@@ -159,18 +159,18 @@ class PairedRetrieval(_PairedRows):
         Raises:
             ValueError: no rows, no id in common, or rows that `check_embeddings` refuses.
         """
-        x, y = self.collected("source"), self.collected("target")
-        figures = self._one_way(self.source, self.target, x, y) | self._one_way(self.target, self.source, y, x)
-        return self._tensors(figures)
-
-    def _one_way(
-        self, source: str, target: str, query: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor]
-    ) -> dict[str, float]:
-        asks = torch.isin(query[1], gallery[1])
-        if not asks.any():
-            raise ValueError(f"{source}, {target}: no id in common, expected equal ids for positive pairs")
-        ranks = retrieval_ranks(query[0][asks], gallery[0], query[1][asks], gallery[1], chunk_size=self.chunk_size)
-        return {f"{source}_to_{target}/{name}": value for name, value in retrieval_summary(ranks).items()}
+        (x, x_ids), (y, y_ids) = self.collected("source"), self.collected("target")
+        if not torch.isin(x_ids, y_ids).any():
+            raise ValueError(f"{self.source}, {self.target}: no id in common, expected equal ids for positive pairs")
+        forward, backward = mutual_retrieval_ranks(x, y, x_ids, y_ids)
+        names = (f"{self.source}_to_{self.target}", f"{self.target}_to_{self.source}")
+        return self._tensors(
+            {
+                f"{name}/{key}": value
+                for name, ranks in zip(names, (forward, backward), strict=True)
+                for key, value in retrieval_summary(ranks).items()
+            }
+        )
 
 
 class ModalityGap(_PairedRows):
@@ -196,8 +196,8 @@ class ModalityGap(_PairedRows):
         shrinkage: float | Literal["ledoit-wolf"] = 0.0,
         chunk_size: int = 1024,
     ) -> None:
-        super().__init__(source, target, chunk_size=chunk_size)
-        self.bandwidth, self.shrinkage = bandwidth, shrinkage
+        super().__init__(source, target)
+        self.bandwidth, self.shrinkage, self.chunk_size = bandwidth, shrinkage, chunk_size
 
     def compute(self) -> dict[str, Tensor]:
         """The figures over all rows of all ranks.

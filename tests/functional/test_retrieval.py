@@ -76,8 +76,8 @@ def test_a_large_gallery_shrinks_the_query_chunk_and_changes_nothing(monkeypatch
     q_ids, g_ids = torch.arange(20) % 7, torch.arange(300) % 7
     expected = retrieval_ranks(q, g, q_ids, g_ids)
     largest = []
-    count = retrieval._count_above
-    monkeypatch.setattr(retrieval, "_count_above", lambda s, t: largest.append(s.numel()) or count(s, t))
+    count = retrieval.count_above
+    monkeypatch.setattr(retrieval, "count_above", lambda s, t: largest.append(s.numel()) or count(s, t))
     monkeypatch.setattr(retrieval, "_MAX_SCORES", 1000)
     for ranks in (retrieval_ranks(q, g, q_ids, g_ids), retrieval_ranks_from_scores(q @ g.T, q_ids, g_ids)):
         assert torch.equal(ranks.best, expected.best)

@@ -25,9 +25,9 @@ from diffgap_lightning.functional.checks import check_embeddings
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.precision import full_float32
 
-_DEPTH = 10  # of the average precision
+MAX_DEPTH = 10  # of the average precision
 _MAX_SCORES = 2**25  # elements of one score block (128 MiB), which bounds the memory for large galleries
-_GALLERY_MULTIPLE = 64  # see _pad_rows
+_GALLERY_MULTIPLE = 64  # see pad_rows
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def retrieval_ranks(
     """
     check_embeddings(query, "query")
     check_embeddings(gallery, "gallery", dim=query.shape[1])
-    _check_ids(query_ids, gallery_ids, len(query), len(gallery))
+    _check_queries(query_ids, gallery_ids, len(query), len(gallery))
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
-    columns = _pad_rows(gallery.float()).T
+    columns = pad_rows(gallery.float(), _GALLERY_MULTIPLE).T
     rows = max(1, min(chunk_size, _MAX_SCORES // columns.shape[1]))
     parts = []
     with full_float32(query.device):
@@ -104,7 +104,7 @@ def retrieval_ranks_from_scores(scores: Tensor, query_ids: Tensor, gallery_ids: 
         raise ValueError(
             f"scores: {int(scores.isnan().sum())} entries are NaN and have no rank; remove or recompute them"
         )
-    _check_ids(query_ids, gallery_ids, *scores.shape)
+    _check_queries(query_ids, gallery_ids, *scores.shape)
     rows = max(1, _MAX_SCORES // scores.shape[1])
     blocks = range(0, len(scores), rows)
     return _concatenate([_rank_block(scores[k : k + rows], query_ids[k : k + rows], gallery_ids) for k in blocks])
@@ -136,47 +136,64 @@ def retrieval_summary(ranks: RetrievalRanks) -> dict[str, float]:
     }
 
 
-def _rank_block(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> RetrievalRanks:
-    """Ranks for a block `(q, G)` of scores: one counting pass for each of the first ten positives."""
-    top, positives = _top_positives(scores, query_ids, gallery_ids)
-    above = torch.stack([_count_above(scores, top[:, k]) for k in range(top.shape[1])], dim=1)
+def ranks_from_counts(top: Tensor, above: Tensor, positives: Tensor) -> RetrievalRanks:
+    """Ranks from what was counted.
+
+    Args:
+        top: `(Q, K)` best scores of each query's positives, falling, filled with minus infinity; K <= `MAX_DEPTH`.
+        above: `(Q, K)` how many of the gallery's scores exceed each of them.
+        positives: `(Q,)` number of positives, at least 1.
+    """
     positives_above = (top[:, None, :] > top[:, :, None]).sum(2)
-    order = torch.arange(1, top.shape[1] + 1, device=scores.device)
+    order = torch.arange(1, top.shape[1] + 1, device=top.device)
     rank = order + above - positives_above
-    counted = (order <= positives[:, None]) & (rank <= _DEPTH)
+    counted = (order <= positives[:, None]) & (rank <= MAX_DEPTH)
     precision = torch.where(counted, order / rank, 0.0).sum(1) / positives
     return RetrievalRanks(rank[:, 0], precision.float())
 
 
-def _top_positives(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each query's ten best positive scores, falling, `(q, K <= 10)`, and its number of positives `(q,)`.
+def top_positives(scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Each query's best positive scores, falling, `(q, K)`, filled with minus infinity; K <= `MAX_DEPTH`.
 
-    The i-th positive has at least rank i, so that ten are enough. Queries with fewer are filled with minus infinity.
+    The k-th positive has at least rank k, so that ten are enough.
+
+    Args:
+        scores: `(q, G)`.
+        i: `(P,)` rows of the positives, ascending, at least one.
+        j: `(P,)` their columns.
     """
-    i, j = pair_indices(query_ids, gallery_ids)
     score = scores[i, j]
     order = score.argsort(descending=True)
     order = order[i[order].argsort(stable=True)]
     positives = torch.bincount(i, minlength=len(scores))
     place = torch.arange(len(i), device=i.device) - (positives.cumsum(0) - positives)[i]
-    keep = place < _DEPTH
-    top = scores.new_full((len(scores), min(_DEPTH, int(positives.max()))), -torch.inf)
+    keep = place < MAX_DEPTH
+    top = scores.new_full((len(scores), min(MAX_DEPTH, int(positives.max()))), -torch.inf)
     top[i[keep], place[keep]] = score[order][keep]
-    return top, positives
+    return top
 
 
-def _count_above(scores: Tensor, threshold: Tensor) -> Tensor:
+def count_above(scores: Tensor, threshold: Tensor) -> Tensor:
     """How many entries of each row of `(q, G)` exceed its threshold `(q,)`; int32 sums are much the fastest on CPU."""
     return (scores > threshold[:, None]).sum(1, dtype=torch.int32).long()
 
 
-def _pad_rows(gallery: Tensor) -> Tensor:
-    """Zero rows up to a multiple of 64.
+def pad_rows(rows: Tensor, multiple: int) -> Tensor:
+    """Zero rows up to a multiple of `multiple`, which is itself one of 64 where ties matter.
 
     Matrix products treat the last few columns by another kernel with another summation order: without padding, equal
     gallery rows get scores that differ in the last bit, and no longer tie.
     """
-    return torch.nn.functional.pad(gallery, (0, 0, 0, -len(gallery) % _GALLERY_MULTIPLE))
+    missing = -len(rows) % multiple
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _rank_block(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> RetrievalRanks:
+    """Ranks for a block `(q, G)` of scores: one counting pass for each of the first ten positives."""
+    i, j = pair_indices(query_ids, gallery_ids)
+    top = top_positives(scores, i, j)
+    above = torch.stack([count_above(scores, top[:, k]) for k in range(top.shape[1])], dim=1)
+    return ranks_from_counts(top, above, torch.bincount(i, minlength=len(scores)))
 
 
 def _concatenate(parts: list[RetrievalRanks]) -> RetrievalRanks:
@@ -184,12 +201,17 @@ def _concatenate(parts: list[RetrievalRanks]) -> RetrievalRanks:
     return RetrievalRanks(best, torch.cat([part.average_precision_at_10 for part in parts]))
 
 
-def _check_ids(query_ids: Tensor, gallery_ids: Tensor, queries: int, rows: int) -> None:
-    for name, ids, length in (("query_ids", query_ids, queries), ("gallery_ids", gallery_ids, rows)):
-        if ids.dtype != torch.int64:
-            raise TypeError(f"{name}: got {ids.dtype}, expected int64; map string ids with functional.pairs.hash_ids")
-        if ids.shape != (length,):
-            raise ValueError(f"{name}: got shape {tuple(ids.shape)}, expected ({length},): one id a row")
+def check_ids(name: str, ids: Tensor, length: int) -> None:
+    """Refuse ids that are not int64 or not one a row."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: got {ids.dtype}, expected int64; map string ids with functional.pairs.hash_ids")
+    if ids.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(ids.shape)}, expected ({length},): one id a row")
+
+
+def _check_queries(query_ids: Tensor, gallery_ids: Tensor, queries: int, rows: int) -> None:
+    check_ids("query_ids", query_ids, queries)
+    check_ids("gallery_ids", gallery_ids, rows)
     lone = ~torch.isin(query_ids, gallery_ids)
     if lone.any():
         raise ValueError(

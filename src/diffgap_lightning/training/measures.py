@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffgap_lightning.functional.gap import centroid_distance, mmd2
+from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
 from diffgap_lightning.functional.pairs import pair_indices
-from diffgap_lightning.functional.retrieval import retrieval_ranks, retrieval_summary
+from diffgap_lightning.functional.retrieval import retrieval_summary
 from diffgap_lightning.fusion import fuse
 from diffgap_lightning.refiner import DiffGAPRefiner, Direction
 
@@ -48,17 +50,19 @@ def gallery_parts(
 
 
 def gallery_measures(refiner: DiffGAPRefiner, gallery: Values) -> dict[str, float]:
-    """Retrieval and gap figures of a complete gallery, by name."""
+    """Retrieval and gap figures of a complete gallery, by name; ranks of a process group share the ranking."""
     measures: dict[str, float] = {}
+    shared = dist.is_available() and dist.is_initialized()
+    device = next(refiner.buffers()).device
     for pair in refiner.config.pairs:
         weights = refiner.config.fusion["->".join(pair)]
-        features = {m: fuse(_components(gallery, pair, m), weights) for m in pair}
-        for source, target in (pair, pair[::-1]):
+        features = [fuse(_components(gallery, pair, m), weights).to(device) for m in pair]
+        ids = [gallery[m]["id"].to(device) for m in pair]
+        ranks = mutual_retrieval_ranks(*features, *ids, distributed=shared)
+        for (source, target), found in zip((pair, pair[::-1]), ranks, strict=True):
             name = f"{source}_to_{target}"
             s_ids, t_ids = gallery[source]["id"], gallery[target]["id"]
-            asked = torch.isin(s_ids, t_ids)
-            ranks = retrieval_ranks(features[source][asked], features[target], s_ids[asked], t_ids)
-            measures |= {f"{name}/{k}": v for k, v in retrieval_summary(ranks).items()}
+            measures |= {f"{name}/{k}": v for k, v in retrieval_summary(found).items()}
             refined, truth = gallery[source][f"refined/{target}"], gallery[target]["embedding"]
             i, j = pair_indices(s_ids, t_ids)
             measures[f"{name}/cosine"] = float((refined[i] * truth[j]).sum(1).mean())
