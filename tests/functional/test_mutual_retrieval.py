@@ -1,14 +1,20 @@
+"""Both directions at once; this file is also the program that two processes run, with arguments RANK FOLDER."""
+
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffgap_lightning.functional import mutual_retrieval as module
 from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
-from diffgap_lightning.functional.retrieval import retrieval_ranks
+from diffgap_lightning.functional.retrieval import RetrievalRanks, retrieval_ranks
 
 
 def unit(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -105,3 +111,40 @@ def test_refusals(change, error, message) -> None:
     }
     with pytest.raises(error, match=message):
         mutual_retrieval_ranks(**good | change)
+
+
+def several_tiles() -> tuple[torch.Tensor, ...]:
+    x, ids = unit(100, 8), torch.arange(100) % 60
+    return x, x + 0.5 * unit(100, 8, seed=1), ids, ids.flip(0)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """One of the processes that share the tiles."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    counted: list[int] = []
+    scores = module._scores
+    module._scores = lambda *a: counted.append(1) or scores(*a)
+    found = mutual_retrieval_ranks(*several_tiles(), tile_size=32, distributed=True)
+    torch.save([*[(r.best, r.average_precision_at_10) for r in found], len(counted)], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tiles_and_get_the_ranks_of_one(tmp_path) -> None:
+    programs = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [program.wait(240) for program in programs] == [0, 0]
+    products = 0
+    for rank in (0, 1):
+        *found, count = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert_same([RetrievalRanks(*f) for f in found], mutual_retrieval_ranks(*several_tiles()))
+        products += count
+    staircase = sum(1 for _ in module._staircase(*sides(*several_tiles())))
+    assert products == 4 * 4 + 2 * staircase
+
+
+def sides(x, y, x_ids, y_ids) -> tuple[module._Side, module._Side]:
+    return module._Side.sort(x, x_ids, y_ids, 32), module._Side.sort(y, y_ids, x_ids, 32)
+
+
+if __name__ == "__main__":
+    one_of_two(int(sys.argv[1]), sys.argv[2])
