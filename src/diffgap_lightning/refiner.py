@@ -214,6 +214,15 @@ class DiffGAPRefiner(nn.Module):
         out = nn.functional.normalize(self.space.mean(target) + offset, dim=1).to(embedding.device, embedding.dtype)
         return out if num_samples == 1 else out.unflatten(0, (-1, num_samples))
 
+    def refine_with_grad(self, embedding: Tensor, *, source: str, target: str, **options: Any) -> Tensor:
+        """`refine` with the same options, but gradients reach the networks and `embedding`; for joint training.
+
+        With `strength=0` it is the one-step estimate; otherwise they run through every sampler step.
+        """
+        return type(self).refine.__wrapped__(  # type: ignore[attr-defined]  # what no_grad decorates
+            self, embedding, source=source, target=target, **options
+        )
+
     @torch.no_grad()
     def score(self, query: Tensor, gallery: Tensor, *, source: str, target: str) -> Tensor:
         """Fused similarity `(Q, G)` float32 of queries `(Q, D)` of modality `source` to a gallery of modality `target`.
