@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -21,6 +23,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """The module `tiny_models.py` beside this file: small random models of the real packages."""
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_models"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def sine(seconds: float, sample_rate: int, hz: float = 440.0, amplitude: float = 0.5) -> np.ndarray:

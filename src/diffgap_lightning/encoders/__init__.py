@@ -12,6 +12,9 @@ from .base import ContrastiveEncoder
 
 SHORT_NAMES: dict[str, str] = {
     "hashing": "diffgap_lightning.encoders.hashing.HashingEncoder",
+    "laion-clap": "diffgap_lightning.encoders.laion_clap.LaionClapEncoder",
+    "transformers-clap": "diffgap_lightning.encoders.transformers_clap.TransformersClapEncoder",
+    "open-clip": "diffgap_lightning.encoders.open_clip.OpenClipEncoder",
 }
 
 __all__ = ["SHORT_NAMES", "ContrastiveEncoder", "encoder_class"]

@@ -44,6 +44,11 @@ class ContrastiveEncoder(nn.Module):
         """Name, checkpoint and preprocessing version: equal exactly where embeddings are interchangeable."""
         raise NotImplementedError(f"{type(self).__name__} does not define fingerprint")
 
+    @property
+    def vocabulary(self) -> tuple[int, int] | None:
+        """Tokens of the tokenizer, and tokens that the network knows; None without a tokenizer."""
+        return None
+
     def embed_audio(self, waveforms: Sequence[Tensor]) -> Tensor:
         """Embed waveforms.
 

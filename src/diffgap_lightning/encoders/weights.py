@@ -1,0 +1,104 @@
+"""Weight files without code, and the digest that identifies weights.
+
+A `.safetensors` file holds tensors alone. A `.pt` file is a pickle; it is read with PyTorch's restricted unpickler,
+which builds tensors and plain containers and refuses everything else. NumPy scalars are let through, because training
+scripts store their best metric as one and they are data too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+_NUMPY_1 = "numpy.core.multiarray"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by name; of a training checkpoint, those under `state_dict`.
+
+    Args:
+        path: `.safetensors`, or whatever `torch.save` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or a pickle that needs more than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+    content = _load(path)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no state_dict of tensors, got {type(state).__name__}")
+    return without_prefix(state)
+
+
+def without_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    """Names without the prefix that a distributed wrapper puts before every one of them."""
+    if state and all(key.startswith(prefix) for key in state):
+        return {key[len(prefix) :]: value for key, value in state.items()}
+    return dict(state)
+
+
+def _load(path: Path) -> Any:
+    try:
+        with _numpy_scalars_allowed():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written before the zip format, which alone can be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors ({_first_sentence(error)}) and would run code when loaded; if you trust "
+            "its source, convert it once: python -c \"import torch; s = torch.load('IN.pt', map_location='cpu', "
+            "weights_only=False); torch.save(s.get('state_dict', s), 'OUT.pt')\""
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch file ({_first_sentence(error)}); copy it again") from error
+
+
+def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
+    """Let the restricted unpickler build NumPy numbers, which NumPy 1 and 2 pickle under two names."""
+    if not hasattr(torch.serialization, "safe_globals"):  # before PyTorch 2.5
+        return nullcontext()
+    newer = int(np.__version__.split(".")[0]) >= 2
+    scalar = import_module("numpy._core.multiarray" if newer else _NUMPY_1).scalar
+    allowed = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
+    if newer:
+        allowed.append((scalar, f"{_NUMPY_1}.scalar"))
+    return torch.serialization.safe_globals(allowed)
+
+
+def _first_sentence(error: Exception) -> str:
+    """The part of a long message that names the reason."""
+    text = " ".join(str(error).split())
+    found = text.find("Unsupported global")
+    return text[found if found >= 0 else 0 :].split(". ")[0][:160]
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: the same for the same weights in any file.
+
+    Integers do not count: they are index tables, which some versions of a package store and others compute.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(key for key, value in state.items() if value.is_floating_point()):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
