@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "refiner": BASE | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "encoders", "data"},
-    "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting"},
+    "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting", "data", "encoders"},
 }
 # Packages beyond torch that a part may import at the top of a file, where importing it must stay cheap.
 HEAVY = {"lightning", "torchmetrics", "webdataset", "matplotlib", "tensorboard", "jsonargparse", "transformers"}

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("diffgap_lightning.cli.trainer:predict", "refine the embeddings of the prediction rows"),
     "compare": ("diffgap_lightning.cli.compare:run", "bridges and a refiner on one table: text, JSON, a page"),
     "embed": ("diffgap_lightning.cli.embed:run", "embed a corpus of audio, text and video into shards"),
+    "evaluate": ("diffgap_lightning.cli.evaluate:run", "measure generated clips: FAD, FD, KAD, KL, IS, CLAP score"),
     "shards": ("diffgap_lightning.cli.shards:run", "pack embeddings into shards for streaming, and look after them"),
 }
 

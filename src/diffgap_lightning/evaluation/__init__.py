@@ -1,1 +1,1 @@
-"""Comparing refiners with the closed-form rivals: measurements with intervals, the table, the report."""
+"""Measuring: refiners beside the closed-form rivals (comparison, report), and generated sound (generation metrics)."""
