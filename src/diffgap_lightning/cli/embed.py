@@ -18,7 +18,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from diffgap_lightning.cli.arguments import ArgumentParser, tidy
+from diffgap_lightning.cli.arguments import ArgumentParser
+from diffgap_lightning.cli.encoder_arguments import build_encoder, print_encoder_help, split_encoder_arguments
 
 if TYPE_CHECKING:
     from diffgap_lightning.embedding.corpus import Corpus
@@ -31,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Embed a catalog or tars of raw media into block shards; the same command goes on after a stop.",
         epilog="--encoder.KEY VALUE sets an argument of the encoder's class; --encoder.help lists them.",
     )
-    parser.add_argument("--encoder", required=True, metavar="NAME", help="a short name (hashing) or a class path")
+    parser.add_argument(
+        "--encoder", required=True, metavar="NAME", help="a short name (`diffgap encoders list`) or a class path"
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the shards; unfinished work in DIR.parts"
     )
@@ -74,7 +77,7 @@ def run(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     own, encoder_arguments = split_encoder_arguments(argv)
     if any(a.split("=")[0] == "--encoder.help" for a in encoder_arguments):
-        return _encoder_help(own)
+        return print_encoder_help(own, "diffgap embed")
     args = _parser().parse_args(own)
     if (args.catalog is None) == (args.shards is None):
         raise ValueError("give either --catalog FILE or --shards TAR ...; see `diffgap embed --help`")
@@ -124,59 +127,6 @@ def _embed(args: argparse.Namespace, encoder: ContrastiveEncoder) -> int:
     )
     if summary is not None:
         print(f"{summary}\nshards: {args.out} ({time.perf_counter() - started:.1f} s)")
-    return 0
-
-
-def split_encoder_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`(other arguments, --encoder.NAME arguments with their values)`."""
-    own: list[str] = []
-    encoder: list[str] = []
-    target = own
-    for argument in argv:
-        if argument.startswith("--"):
-            target = encoder if argument.startswith("--encoder.") else own
-        elif target is encoder and encoder and ("=" in encoder[-1] or not encoder[-1].startswith("--")):
-            target = own
-        target.append(argument)
-    return own, encoder
-
-
-def build_encoder(name: str, arguments: list[str]) -> ContrastiveEncoder:
-    """Construct an encoder from its name and `--encoder.NAME VALUE` arguments.
-
-    Raises:
-        ValueError: an unknown encoder, or arguments that its class does not take.
-    """
-    from diffgap_lightning.encoders import encoder_class
-
-    parser = _encoder_parser(encoder_class(name))
-    try:
-        config = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{tidy(str(error))}; see `diffgap embed --encoder {name} --encoder.help`") from error
-    encoder = parser.instantiate_classes(config).encoder
-    for attribute in ("modalities", "dim", "fingerprint"):
-        if not getattr(encoder, attribute, None):
-            raise ValueError(
-                f"encoder {name!r}: {type(encoder).__name__} has no {attribute}; subclass ContrastiveEncoder"
-            )
-    return encoder
-
-
-def _encoder_parser(kind: type) -> Any:
-    from jsonargparse import ArgumentParser as TypedParser
-
-    parser = TypedParser(prog="diffgap embed", exit_on_error=False)
-    parser.add_class_arguments(kind, "encoder", fail_untyped=False)
-    return parser
-
-
-def _encoder_help(own: list[str]) -> int:
-    from diffgap_lightning.encoders import encoder_class
-
-    parser = ArgumentParser(prog="diffgap embed", add_help=False)
-    parser.add_argument("--encoder", required=True)
-    print(_encoder_parser(encoder_class(parser.parse_known_args(own)[0].encoder)).format_help())
     return 0
 
 

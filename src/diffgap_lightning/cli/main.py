@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("diffgap_lightning.cli.compare:run", "bridges and a refiner on one table: text, JSON, a page"),
     "embed": ("diffgap_lightning.cli.embed:run", "embed a corpus of audio, text and video into shards"),
     "evaluate": ("diffgap_lightning.cli.evaluate:run", "measure generated clips: FAD, FD, KAD, KL, IS, CLAP score"),
+    "encoders": ("diffgap_lightning.cli.encoders:run", "list the encoders, and check that one is what it claims to be"),
     "shards": ("diffgap_lightning.cli.shards:run", "pack embeddings into shards for streaming, and look after them"),
 }
 

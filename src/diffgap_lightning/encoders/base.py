@@ -29,6 +29,7 @@ class ContrastiveEncoder(nn.Module):
         fps: Frames a second of the video that `embed_video` takes; None without video.
         window: The length of media that it was made for, in seconds; None if any length will do.
         frame_size: The shorter side to which frames may be reduced at decoding, in pixels; None keeps the size.
+        requires: The package that it is built on and the extra that installs it; None without one.
     """
 
     modalities: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class ContrastiveEncoder(nn.Module):
     fps: float | None = None
     window: float | None = None
     frame_size: int | None = None
+    requires: tuple[str, str] | None = None
 
     @property
     def fingerprint(self) -> str:

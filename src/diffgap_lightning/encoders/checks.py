@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder
+from .base import ContrastiveEncoder, unit
 from .probes import TEXTS, chirp, probe
 
 COLLAPSED = 0.98  # mean cosine between different items; usable encoders stay below 0.9
@@ -204,7 +204,7 @@ def precision(encoder: ContrastiveEncoder, modality: str, dtype: torch.dtype) ->
             rough = encoder.embed(modality, items)
     except RuntimeError as error:
         return Check(modality, name, f"not possible on {exact.device.type}", str(error)[:60], True, advice)
-    cosine = float((exact * rough).sum(dim=1).min())
+    cosine = float((unit(exact) * unit(rough)).sum(dim=1).min())
     return Check(modality, name, f"cosine {cosine:.4f}", "above 0.99", cosine > 0.99, advice)
 
 
@@ -223,7 +223,8 @@ def _items(encoder: ContrastiveEncoder, modality: str, long: bool = False) -> An
 
 
 def _off_diagonal(rows: Tensor) -> Tensor:
-    cosines = rows.float() @ rows.float().T
+    rows = unit(rows)
+    cosines = rows @ rows.T
     return cosines[~torch.eye(len(rows), dtype=torch.bool, device=rows.device)]
 
 

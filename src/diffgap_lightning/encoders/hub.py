@@ -13,6 +13,7 @@ from typing import Any
 
 from .optional import need
 
+ALLOW = "allow it with download=True (--encoder.download true)"
 _TIMEOUT = 10.0  # s
 
 
@@ -125,5 +126,5 @@ def how_to_fetch(model: str, revision: str | None = None) -> str:
     at = f" --revision {revision}" if revision else ""
     return (
         f"run `hf download {model}{at}` where there is a network and copy the hub cache (HF_HOME) or give a folder "
-        "with the files, or allow it with download=True"
+        f"with the files, or {ALLOW}"
     )

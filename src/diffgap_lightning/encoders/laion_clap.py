@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import ContrastiveEncoder, Transform
 from .checks import check_at_load, check_vocabulary
-from .hub import cached_file, download_file, local_folder
+from .hub import ALLOW, cached_file, download_file, local_folder
 from .laion_network import EXTRA, audio_model, has_fusion, load_clap
 from .optional import need, package_folder
 from .precision import InFloat32
@@ -64,6 +64,7 @@ class LaionClapEncoder(ContrastiveEncoder):
     """
 
     modalities = ("audio", "text")
+    requires = ("laion_clap", EXTRA)
     sample_rate = 48000
     model: Any
 
@@ -202,7 +203,7 @@ def find_checkpoint(name: str, folder: str | None = None, download: bool = False
     raise FileNotFoundError(
         f"checkpoint {file}: not in {', '.join(map(os.fspath, places))}, nor in the hub cache; fetch "
         f"https://huggingface.co/{REPOSITORY}/resolve/main/{file} into one of them, give its path as checkpoint, or "
-        "allow it with download=True"
+        f"{ALLOW}"
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .base import ContrastiveEncoder, Transform
 from .checks import check_at_load
-from .hub import cached_file, check_reachable, local_folder
+from .hub import ALLOW, cached_file, check_reachable, local_folder
 from .optional import need
 from .texts import check_texts
 from .waveforms import item_means
@@ -56,6 +56,7 @@ class OpenClipEncoder(ContrastiveEncoder):
     """
 
     modalities = ("image", "text", "video")
+    requires = ("open_clip", EXTRA)
     model: Any
     sequence_modalities = ("video",)
 
@@ -256,16 +257,16 @@ def find_tag(open_clip: Any, entry: dict[str, Any], download: bool) -> Path:
         if repository and (path := cached_file(repository, file, EXTRA)):
             return path
     url = entry.get("url", "")
-    own = Path("~/.cache/clip").expanduser() / os.path.basename(url)
-    if url and own.is_file():
-        return own
+    cache = Path("~/.cache/clip").expanduser()  # where open_clip keeps what does not come from the hub
+    if url and (cache / os.path.basename(url)).is_file():
+        return cache / os.path.basename(url)
     if download:
         check_reachable(EXTRA)
         return Path(open_clip.download_pretrained(entry))
-    where = f"run `hf download {repository}`" if repository else f"fetch {url} into {own.parent}"
+    where = f"run `hf download {repository}`" if repository else f"fetch {url} into {cache}"
     raise FileNotFoundError(
-        f"weights of this tag are neither in the hub cache nor in {own.parent}: {where} where there is a network and "
-        "copy it, give the file as weights, or allow it with download=True"
+        f"weights of this tag are neither in the hub cache nor in {cache}: {where} where there is a network and copy "
+        f"it, give the file as weights, or {ALLOW}"
     )
 
 

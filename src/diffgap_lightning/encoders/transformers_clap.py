@@ -54,6 +54,7 @@ class TransformersClapEncoder(ContrastiveEncoder):
     """
 
     modalities = ("audio", "text")
+    requires = ("transformers", EXTRA)
     model: Any
 
     def __init__(
