@@ -1,17 +1,21 @@
-"""Tiny media files, made on the spot, and the folder of real data where it is at hand."""
+"""Tiny media files and generators, made on the spot; a browser and the folder of real data where they are at hand."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from diffgap_lightning.refiner import DiffGAPRefiner
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,3 +117,52 @@ def tiny_generators() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tiny_generators: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny `AudioLDMPipeline` whose noise can be heard: 0.64 s at 16 kHz, 32 dimensions."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("generator")
+    pipe = tiny_generators.audioldm(folder / "tokenizer-files", upsample=(16, 10), frames=32)
+    sound = pipe("x", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").audios
+    last = pipe.vocoder.conv_post
+    for parameter in (last.weight, last.bias):
+        parameter.data *= 0.1 / float(sound.std())
+    pipe.save_pretrained(folder / "audioldm")
+    return folder / "audioldm"
+
+
+@pytest.fixture(scope="session")
+def sound_refiner() -> DiffGAPRefiner:
+    """From text (32 dimensions) and video (24) to audio (32), measured on rows with a gap."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from diffgap_lightning.refiner import DiffGAPRefiner
+
+    g = torch.Generator().manual_seed(0)
+    latent = torch.randn(200, 8, generator=g)
+    rows = {
+        name: normalize(latent @ torch.randn(8, dim, generator=g) + 2 * torch.randn(dim, generator=g), dim=1)
+        for name, dim in (("text", 32), ("video", 24), ("audio", 32))
+    }
+    made = DiffGAPRefiner.measure(rows, dict.fromkeys(rows, torch.arange(200)), width=16, depth=1, rank=6)
+    for parameter in made.cdm.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=g))
+    return made
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, see `chromium.py`; skips without it."""
+    spec = spec_from_file_location("chromium", ROOT / "tests" / "chromium.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.find() is None:
+        pytest.skip("no Chromium here; pages are not opened")
+    with module.Chromium() as running:
+        yield running

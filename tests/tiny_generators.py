@@ -78,8 +78,8 @@ def _feature_extractor() -> Any:
     )  # fmt: skip
 
 
-def _common() -> dict[str, Any]:
-    """Latent autoencoder, scheduler and vocoder."""
+def _common(upsample: tuple[int, ...] = (2, 2)) -> dict[str, Any]:
+    """Latent autoencoder, scheduler and vocoder, which makes prod(upsample) samples of a spectrogram's frame."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
@@ -90,8 +90,9 @@ def _common() -> dict[str, Any]:
     )  # fmt: skip
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
-            model_in_dim=8, sampling_rate=SAMPLE_RATE, upsample_initial_channel=16, upsample_rates=[2, 2],
-            upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5]] * 2,
+            model_in_dim=8, sampling_rate=SAMPLE_RATE, upsample_initial_channel=16,
+            upsample_rates=list(upsample), upsample_kernel_sizes=[2 * rate for rate in upsample],
+            resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5]] * 2,
             normalize_before=False,
         )
     )  # fmt: skip
@@ -103,20 +104,23 @@ def _common() -> dict[str, Any]:
     return {"vae": vae.eval(), "vocoder": vocoder.eval(), "scheduler": scheduler}
 
 
-def _film_unet() -> Any:
+def _film_unet(frames: int = 32) -> Any:
     """AudioLDM's UNet: the contrastive embedding enters as a class embedding beside the time."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        sample_size=frames, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
         norm_num_groups=4, attention_head_dim=2, cross_attention_dim=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         class_embed_type="simple_projection", projection_class_embeddings_input_dim=DIM, class_embeddings_concat=True,
     ).eval()  # fmt: skip
 
 
-def audioldm(folder: Path, seed: int = 0) -> Any:
-    """diffusers' `AudioLDMPipeline`; `folder` takes the tokenizer's files."""
+def audioldm(folder: Path, seed: int = 0, upsample: tuple[int, ...] = (2, 2), frames: int = 32) -> Any:
+    """diffusers' `AudioLDMPipeline`; `folder` takes the tokenizer's files.
+
+    Its own length is `2 frames prod(upsample) / SAMPLE_RATE` s.
+    """
     from diffusers import AudioLDMPipeline
     from transformers import ClapTextConfig, ClapTextModelWithProjection
 
@@ -124,7 +128,7 @@ def audioldm(folder: Path, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         text_encoder = ClapTextModelWithProjection(ClapTextConfig(**_text_config())).eval()
         pipe = AudioLDMPipeline(
-            text_encoder=text_encoder, tokenizer=byte_tokenizer(folder), unet=_film_unet(), **_common()
+            text_encoder=text_encoder, tokenizer=byte_tokenizer(folder), unet=_film_unet(frames), **_common(upsample)
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -90,7 +90,7 @@ def test_refusals_leave_no_file(tmp_path: Path, make_video: Make, make_audio: Ma
     before = set(tmp_path.iterdir())
     for source, suffix, waveform, error, message in (
         (video, ".mp3", tone(1, 16000), ValueError, "suffix '.mp3'"),
-        (video, ".webm", tone(1, 16000), ValueError, "cannot put mpeg4 video into .webm"),
+        (video, ".webm", tone(1, 16000), MediaError, "cannot put mpeg4 video into .webm"),
         (video, ".mp4", torch.zeros(2, 8), ValueError, r"shape \(2, 8\)"),
         (video, ".mp4", torch.tensor([0.0, float("nan")]), ValueError, "NaN"),
         (sound, ".mp4", tone(1, 16000), MediaError, "no video stream"),

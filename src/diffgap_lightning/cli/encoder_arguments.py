@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from diffgap_lightning.encoders.base import ContrastiveEncoder
 
 
-def split_encoder_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+def split_encoder_arguments(argv: list[str], prefix: str = "--encoder.") -> tuple[list[str], list[str]]:
     """`(other arguments, --encoder.NAME arguments with their values)`."""
     own: list[str] = []
     encoder: list[str] = []
     target = own
     for argument in argv:
         if argument.startswith("--"):
-            target = encoder if argument.startswith("--encoder.") else own
+            target = encoder if argument.startswith(prefix) else own
         elif target is encoder and encoder and ("=" in encoder[-1] or not encoder[-1].startswith("--")):
             target = own
         target.append(argument)

@@ -100,8 +100,8 @@ def write_video_with_audio(
         sample_rate: In Hz.
 
     Raises:
-        ValueError: an unknown suffix, an unusable waveform, or a container that cannot hold this picture.
-        MediaError: the video is missing, broken or without a video stream.
+        ValueError: an unknown suffix or an unusable waveform.
+        MediaError: the video is missing, broken, without a video stream, or not of a kind that the container holds.
         ImportError: the extra `media` is not installed.
     """
     path, samples = Path(path), _checked(waveform)
@@ -126,9 +126,7 @@ def write_video_with_audio(
                 sound.finish()
             except decode_errors() as error:
                 name = picture.codec_context.name
-                raise ValueError(
-                    f"{path.name}: cannot put {name} video into {path.suffix} ({reason(error)})"
-                ) from error
+                raise MediaError(f"cannot put {name} video into {path.suffix} ({reason(error)})") from error
     return path
 
 
