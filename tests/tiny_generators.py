@@ -146,3 +146,34 @@ def musicldm(folder: Path, seed: int = 0) -> Any:
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def audioldm2(folder: Path, seed: int = 0) -> Any:
+    """diffusers' `AudioLDM2Pipeline` with CLAP, T5 and GPT-2; `folder` takes a tokenizer's files."""
+    from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(ord("a"), ord("z") + 1)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        t5 = T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        gpt2 = GPT2Config(
+            vocab_size=8, n_positions=128, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1,
+            max_new_tokens=8,
+        )  # fmt: skip
+        unet = AudioLDM2UNet2DConditionModel(
+            sample_size=32, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+            norm_num_groups=4, attention_head_dim=2, cross_attention_dim=([None, 16, 24], [None, 16, 24]),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        pipe = AudioLDM2Pipeline(
+            text_encoder=_clap(), tokenizer=byte_tokenizer(folder), feature_extractor=_feature_extractor(),
+            text_encoder_2=T5EncoderModel(t5).eval(),
+            tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=DIM),
+            language_model=GPT2LMHeadModel(gpt2).eval(), projection_model=AudioLDM2ProjectionModel(DIM, 24, 16).eval(),
+            unet=unet.eval(), **_common(),
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
