@@ -99,9 +99,7 @@ def test_an_identity_changes_no_bit(
     np.testing.assert_array_equal(audio, expected)
 
 
-def test_an_identity_for_each_candidate_changes_only_the_size_of_the_batch(
-    pipe: Any, identity: IdentityBridge
-) -> None:
+def test_an_identity_for_each_candidate_changes_only_the_size_of_the_batch(pipe: Any, identity: IdentityBridge) -> None:
     options = {"num_waveforms_per_prompt": 4, "negative_prompt": NEGATIVE}
     _, expected = generate(pipe, **options)
     with attach(identity, pipe, strength=0, per_candidate=True):
@@ -170,9 +168,8 @@ def test_everything_is_restored_after_an_exception_too(pipe: Any, refiner: DiffG
 
     with pytest.raises(RuntimeError, match="stop"), attach(refiner, pipe):
         generate(pipe, callback=stop)
-    with attach(refiner, pipe) as attachment, pytest.raises(TypeError, match="same type"):
-        pipe("a", negative_prompt=["b"], num_inference_steps=1)  # fails at the encoder, after its first half
-        attachment.detach()
+    with pytest.raises(TypeError, match="same type"), attach(refiner, pipe):
+        pipe("a", negative_prompt=["b"], num_inference_steps=1)  # fails in the encoder, after its first half
     after = dict(vars(pipe)), dict(vars(pipe.projection_model)), dict(pipe.projection_model._forward_pre_hooks)
     assert before == after
     audio, _ = generate(pipe)

@@ -3,7 +3,7 @@
     with attach(refiner, pipe):
         audio = pipe("a dog barks in the rain").audios
 
-    attached = attach(refiner, pipe, strength=0.3).attach()
+    attached = attach(refiner, model, method="get_learned_conditioning", strength=0.3).attach()
     ...
     attached.detach()
 
@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 
-from diffgap_lightning.integrations import diffusers
+from diffgap_lightning.integrations import audioldm, diff_foley, diffusers, methods
 from diffgap_lightning.integrations.conditioner import Conditioner, Refines
 from diffgap_lightning.integrations.seam import Seam, class_names
 
-SUPPORTED = "AudioLDMPipeline, MusicLDMPipeline and AudioLDM2Pipeline of diffusers"
+SUPPORTED = (
+    "AudioLDMPipeline, MusicLDMPipeline and AudioLDM2Pipeline of diffusers, LatentDiffusion of audioldm and of "
+    'Diff-Foley; for another model name its conditioning method, e.g. method="get_learned_conditioning"'
+)
 # Conditioned on something else than a contrastive embedding: there is nothing to refine.
 _NOT_CONTRASTIVE = {
     "StableAudioPipeline": "T5 sequences",
@@ -97,9 +100,12 @@ def attach(
     num_steps: int | None = None,
     start: str | None = None,
     per_candidate: bool = False,
+    per_frame: bool = False,
     seed: int = 0,
     noise: torch.Generator | None = None,
     encoder: Any = None,
+    method: str | None = None,
+    refine_input: bool = False,
 ) -> Attachment:
     """Prepare a refiner for a generator; use the result in a `with` statement or call its `attach()`.
 
@@ -115,29 +121,33 @@ def attach(
         start: The refiner's start.
         per_candidate: False: refine, then tile, so that all waveforms of a prompt share one embedding. True: tile, then
             refine, so that each has a sample of its own.
+        per_frame: Refine each frame of a sequence as an embedding of its own.
         seed: Of the refiner's noise, begun anew by each `attach()`.
         noise: Source of the refiner's noise instead of `seed`.
         encoder: Fingerprint of the generator's contrastive encoder, or the encoder (its `fingerprint` is read): a
             refiner that was trained in another space is refused.
+        method: Path of the conditioning method of a generator that is not known, or of another seam of one that is.
+        refine_input: Refine what that method is given instead of what it returns.
 
     Raises:
         TypeError: a generator that has no contrastive embedding or is not known.
         ValueError: a refiner of another space, dimension or direction, or options out of range.
     """
-    seam = _find(generator)
+    seam = _find(generator) if method is None else methods.find(generator, method, refine_input)
     conditioner = Conditioner(
         refiner, source=source, target=target, strength=strength, num_samples=num_samples,
-        guidance_scale=guidance_scale, num_steps=num_steps, start=start, per_candidate=per_candidate, seed=seed,
-        generator=noise,
+        guidance_scale=guidance_scale, num_steps=num_steps, start=start, per_candidate=per_candidate,
+        per_frame=per_frame, seed=seed, generator=noise,
     )  # fmt: skip
     _check_space(conditioner, seam, getattr(encoder, "fingerprint", encoder))
     return Attachment(conditioner, seam)
 
 
 def _find(generator: Any) -> Seam:
-    seam = diffusers.find(generator)
-    if seam is not None:
-        return seam
+    for adapter in (diffusers, audioldm, diff_foley):
+        seam = adapter.find(generator)
+        if seam is not None:
+            return seam
     kind = type(generator).__name__
     for name in sorted(class_names(generator)):
         other = _NOT_CONTRASTIVE.get(name.split(".")[-1])

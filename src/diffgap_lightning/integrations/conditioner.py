@@ -10,7 +10,7 @@ The noise comes from a generator of its own, so that the audio generator draws w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -127,6 +127,27 @@ class Conditioner:
             out = out.unflatten(0, (-1, frames)).transpose(1, 2)
         out = out.flatten(0, 1)
         return out if self.per_candidate else out.repeat_interleave(candidates, 0)
+
+    def tiled(self, embedding: Tensor, names: Sequence[Hashable] | None = None) -> Tensor:
+        """Refine rows that the generator has tiled by itself.
+
+        Args:
+            embedding: As for a call.
+            names: B values; rows of one name are candidates of one prompt. Default: equal rows are.
+
+        Returns:
+            The refined rows in the same order.
+        """
+        if self.per_candidate:
+            return self(embedding)
+        if names is None:
+            names = [row.numpy().tobytes() for row in embedding.detach().float().cpu()]
+        first: dict[Hashable, int] = {}
+        place = [first.setdefault(name, i) for i, name in enumerate(names)]
+        chosen = list(first.values())
+        if len(chosen) == len(place):
+            return self(embedding)
+        return self(embedding[chosen])[[chosen.index(i) for i in place]]
 
     def _samples(self, rows: Tensor, own: int) -> Tensor:
         """`(R, own, ...)`: the means of `num_samples` samples."""

@@ -41,16 +41,16 @@ def class_names(generator: object) -> set[str]:
 
 
 @contextmanager
-def override(owner: Any, name: str, value: Any) -> Iterator[None]:
+def override(owner: Any, name: str, value: Any, mark: bool = True) -> Iterator[None]:
     """Set an attribute of this one object; afterwards it is as it was, also where it was the class's.
 
-    A function set here is marked: another one in the same place would refine what is refined already.
+    A function set here is marked, unless told otherwise: another one in the same place would refine twice.
 
     Raises:
         ValueError: a conditioned function is there already.
     """
     before = vars(owner).get(name, _ABSENT)
-    if callable(value):
+    if mark and callable(value):
         if hasattr(before, _MARK):
             raise ValueError(
                 f"{type(owner).__name__}.{name} has a refiner attached already; detach it before attaching another"
