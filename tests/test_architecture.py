@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "refiner_config": BASE | {"diffusion", "space"},
     "refiner": BASE | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
-    "integrations": BASE | {"refiner", "encoders", "data"},
+    "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},
     "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting", "data", "encoders"},
 }

@@ -139,7 +139,7 @@ def attach(
         guidance_scale=guidance_scale, num_steps=num_steps, start=start, per_candidate=per_candidate,
         per_frame=per_frame, seed=seed, generator=noise,
     )  # fmt: skip
-    _check_space(conditioner, seam, getattr(encoder, "fingerprint", encoder))
+    check_space(conditioner, seam, getattr(encoder, "fingerprint", encoder))
     return Attachment(conditioner, seam)
 
 
@@ -159,7 +159,7 @@ def _find(generator: Any) -> Seam:
     raise TypeError(f"generator: got {kind}, expected one of {SUPPORTED}")
 
 
-def _check_space(conditioner: Conditioner, seam: Seam, fingerprint: str | None) -> None:
+def check_space(conditioner: Conditioner, seam: Seam, fingerprint: str | None) -> None:
     """Refuse a refiner of another encoder's space, by fingerprint where both are known, by dimension otherwise."""
     trained = conditioner.fingerprint
     if trained is not None and fingerprint is not None and trained != fingerprint:

@@ -10,7 +10,7 @@ The noise comes from a generator of its own, so that the audio generator draws w
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +90,8 @@ class Conditioner:
         self.num_samples, self.per_candidate, self.per_frame = num_samples, per_candidate, per_frame
         self._given, self._seed, self._differentiable = generator, seed, differentiable
         options = {"strength": strength, "guidance_scale": guidance_scale, "num_steps": num_steps, "start": start}
+        # Sees the embeddings of each call before they are refined, and which rows of the batch they are (None: all).
+        self.observe: Callable[[Tensor, Sequence[int] | None], None] | None = None
         self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.reset()
 
@@ -108,16 +110,19 @@ class Conditioner:
         """The encoder in whose space the refiner was trained, if it is known."""
         return getattr(getattr(self.refiner, "config", None), "encoder", None)
 
-    def __call__(self, embedding: Tensor, candidates: int = 1) -> Tensor:
+    def __call__(self, embedding: Tensor, candidates: int = 1, selected: Sequence[int] | None = None) -> Tensor:
         """Refine and tile.
 
         Args:
             embedding: `(B, D)`, `(B, 1, D)` or, for a refiner of sequences or with `per_frame`, `(B, T, D)`.
             candidates: How many waveforms each row conditions.
+            selected: Which rows of the generator's batch these are, for `observe`.
 
         Returns:
             The same layout with `B * candidates` rows, those of a row beside each other.
         """
+        if self.observe is not None:
+            self.observe(embedding, selected)
         frames = embedding.shape[1] if embedding.ndim == 3 else None
         single = frames == 1 or (self.per_frame and frames is not None)
         rows = embedding.flatten(0, 1) if single else embedding
@@ -128,18 +133,21 @@ class Conditioner:
         out = out.flatten(0, 1)
         return out if self.per_candidate else out.repeat_interleave(candidates, 0)
 
-    def tiled(self, embedding: Tensor, names: Sequence[Hashable] | None = None) -> Tensor:
+    def tiled(
+        self, embedding: Tensor, names: Sequence[Hashable] | None = None, selected: Sequence[int] | None = None
+    ) -> Tensor:
         """Refine rows that the generator has tiled by itself.
 
         Args:
             embedding: As for a call.
             names: B values; rows of one name are candidates of one prompt. Default: equal rows are.
+            selected: As for a call.
 
         Returns:
             The refined rows in the same order.
         """
         if self.per_candidate:
-            return self(embedding)
+            return self(embedding, selected=selected)
         if names is None:
             names = [row.numpy().tobytes() for row in embedding.detach().float().cpu()]
         first: dict[Hashable, int] = {}

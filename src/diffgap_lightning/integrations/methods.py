@@ -67,9 +67,9 @@ def refine_rows(condition: Conditioner, embedding: Tensor, texts: Sequence[str] 
     chosen = [i for i, text in enumerate(texts) if text != UNCONDITIONAL]
     if not chosen:
         return embedding
-    refined = condition.tiled(embedding[chosen], [texts[i] for i in chosen])
     if len(chosen) == len(texts):
-        return refined
+        return condition.tiled(embedding, texts)
+    refined = condition.tiled(embedding[chosen], [texts[i] for i in chosen], chosen)
     return embedding.index_copy(0, torch.tensor(chosen, device=embedding.device), refined)
 
 
