@@ -319,12 +319,12 @@ class DiffGAPRefiner(nn.Module):
         return save_folder(folder, type(self).__name__, asdict(self.config), state or self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], encoder: str | None = None) -> DiffGAPRefiner:
+    def from_pretrained(cls, folder: str | os.PathLike[str], encoder: Any = None) -> DiffGAPRefiner:
         """Load what `save_pretrained` wrote; nothing in the folder is executed.
 
         Args:
             folder: The checkpoint folder.
-            encoder: Fingerprint of the encoder that will be used; a refiner of another's space is refused.
+            encoder: The encoder that will be used, or its fingerprint; a refiner of another's space is refused.
 
         Raises:
             FileNotFoundError: no such checkpoint.
@@ -332,13 +332,25 @@ class DiffGAPRefiner(nn.Module):
         """
         config, tensors = load_folder(folder, cls.__name__)
         refiner = cls.from_state(config, tensors)
-        trained = refiner.config.encoder
-        if encoder is not None and trained is not None and encoder != trained:
+        refiner.check_encoder(encoder, str(folder))
+        return refiner
+
+    def check_encoder(self, encoder: Any, name: str = "refiner") -> None:
+        """Refuse to be used in another space than the one that was trained in.
+
+        Args:
+            encoder: An encoder, its fingerprint, or None where that is not known.
+            name: Of this refiner, for the message.
+
+        Raises:
+            ValueError: both are known and they differ; the message names both.
+        """
+        given, trained = getattr(encoder, "fingerprint", encoder), self.config.encoder
+        if given is not None and trained is not None and given != trained:
             raise ValueError(
-                f"{folder}: was trained in the space of encoder {trained!r}, got {encoder!r}; "
+                f"{name}: was trained in the space of encoder {trained!r}, got {given!r}; "
                 "use that encoder or train a refiner for this one"
             )
-        return refiner
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiffGAPRefiner:

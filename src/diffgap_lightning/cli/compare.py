@@ -134,8 +134,10 @@ def _methods(options: argparse.Namespace, datamodule: Any) -> tuple[dict[str, An
             raise ValueError(f"--methods: unknown {name!r}{suggest(name, [*bridges, REFINER, OPTIMUM])}")
     if REFINER in (options.methods or ()) and not options.refiner:
         raise ValueError(f"--methods: {REFINER} needs --refiner DIR, the refiner/ folder of a run")
-    refiner = DiffGAPRefiner.from_pretrained(options.refiner) if options.refiner and REFINER in names else None
     train = datamodule.rows("train", max_rows=options.max_rows)
+    refiner = None
+    if options.refiner and REFINER in names:
+        refiner = DiffGAPRefiner.from_pretrained(options.refiner, encoder=getattr(train, "encoder", None))
     chosen = {name: make() for name, make in bridges.items() if name in names}
     for bridge in _bar(chosen.values(), "fitting bridges"):
         bridge.fit(train.embeddings, train.ids)

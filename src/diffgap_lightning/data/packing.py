@@ -26,6 +26,7 @@ from diffgap_lightning.data.shard_table import Arrays, Keep, read_embedding_shar
 from diffgap_lightning.data.shards import write_embedding_shards
 from diffgap_lightning.data.splits import split_by_fraction
 from diffgap_lightning.data.table import EmbeddingTable
+from diffgap_lightning.data.table_fields import same_encoder
 from diffgap_lightning.functional.pairs import hash_ids
 
 SLICE_ROWS = 65_536
@@ -72,7 +73,7 @@ def pack(
         getters = {name: _given(parts[name]) for name in wanted}
     else:
         stream = _Stream(source)
-        encoder = encoder or stream.encoder
+        encoder = same_encoder(encoder, stream.encoder, source)
         keeps = {name: None if not name else _share(name, val_fraction, test_fraction, seed) for name in wanted}
         getters = {name: _streamed(stream, keep) for name, keep in keeps.items()}
     written = {}

@@ -25,6 +25,7 @@ from diffgap_lightning.data.manifest import MANIFEST_NAME, Manifest, write_manif
 from diffgap_lightning.data.shard_writer import ShardWriter
 from diffgap_lightning.data.shuffle import Rows, reblock, shuffle_rows
 from diffgap_lightning.data.table import EmbeddingTable
+from diffgap_lightning.data.table_fields import same_encoder
 
 Chunk = Mapping[str, Any]
 
@@ -78,7 +79,7 @@ def write_embedding_shards(
     folder = Path(folder)
     _check_free(folder, overwrite)
     if isinstance(source, EmbeddingTable):
-        encoder = encoder if encoder is not None else source.encoder
+        encoder = same_encoder(encoder, source.encoder, "the table")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:

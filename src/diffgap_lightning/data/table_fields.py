@@ -101,3 +101,14 @@ def find_encoder(path: Path, arrays: Mapping[str, Array]) -> str | None:
     if not isinstance(encoder, np.ndarray) or encoder.ndim or encoder.dtype.kind != "U":
         raise ValueError(f"{path}: encoder: got shape {tuple(encoder.shape)} of {encoder.dtype}, expected one string")
     return str(encoder)
+
+
+def same_encoder(given: str | None, own: str | None, where: str) -> str | None:
+    """The fingerprint of rows that may have one already.
+
+    Raises:
+        ValueError: both are known and they differ.
+    """
+    if None not in (given, own) and given != own:
+        raise ValueError(f"{where}: its rows were made by encoder {own!r}, got {given!r}; embed with that one instead")
+    return own if given is None else given

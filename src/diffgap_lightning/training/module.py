@@ -117,7 +117,9 @@ class DiffGAPModule(LightningModule):
         """Measure the closed forms on the training rows when a fit starts."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._measure_if_missing()
-            self._ready().train()  # a refiner that was loaded is in inference mode
+            refiner = self._same_encoder().train()  # a refiner that was loaded is in inference mode
+            if refiner.config.encoder is None:
+                refiner.config = replace(refiner.config, encoder=self._data_encoder())
 
     def on_fit_end(self) -> None:
         """Leave a refiner that can be used at once, without dropout."""
@@ -170,6 +172,16 @@ class DiffGAPModule(LightningModule):
         _check_same_architecture(self.refiner, loaded)
         fitted = {name: getattr(loaded.config, name) for name in ("restore", "fusion", "bridges")}
         self.refiner.config = replace(self.refiner.config, **fitted)
+
+    def _data_encoder(self) -> str | None:
+        """Fingerprint of the encoder that made the datamodule's rows, where both are known."""
+        return getattr(getattr(self.trainer, "datamodule", None), "encoder", None)
+
+    def _same_encoder(self) -> DiffGAPRefiner:
+        """The refiner, once it is sure that the data lie in its space."""
+        refiner = self._ready()
+        refiner.check_encoder(self._data_encoder())
+        return refiner
 
     def _ready(self) -> DiffGAPRefiner:
         if self.refiner is None:
@@ -225,14 +237,17 @@ class DiffGAPModule(LightningModule):
     def on_validation_start(self) -> None:
         """Without a fit or a checkpoint, measure the closed forms: they refine and score untrained."""
         self._measure_if_missing()
+        self._same_encoder()
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
         self._measure_if_missing()
+        self._same_encoder()
 
     def on_predict_start(self) -> None:
         """As `on_validation_start`."""
         self._measure_if_missing()
+        self._same_encoder()
 
     def on_validation_epoch_start(self) -> None:
         """Start an empty gallery."""
