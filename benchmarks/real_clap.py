@@ -5,12 +5,14 @@
 
 DATA_DIR holds embedding tables (see `diffgap_lightning.data.EmbeddingTable`) with columns `<modality>_fold`:
 `audiocaps_dev.npz`, clips and captions in folds by clip, and `esc50.npz`, clips in the official folds and one prompt a
-class. A table that is not there is left out.
+class. A table that is not there is left out. `<name>_<condition>.npz` beside a table holds the same rows with altered
+audio: methods are fitted on the clean training folds and measured on the altered test fold.
 
 Each test fold is its own gallery. Hits, ranks and cosines are pooled over the folds and averaged over the seeds;
 distances between distributions are averaged over both. Intervals resample whole clips (classes in ESC-50 would be too
 few: there, each clip is a unit), with the same draws for every method, and tell nothing about other seeds; `r1_by_seed`
-in the JSON does. A method is a function `fit(table, seed) -> model`, where the model has `refine` and `score_features`.
+in the JSON does. A second table asks how near what was produced for all held-out rows lies to all true rows, by several
+measures. A method is a function `fit(table, seed) -> model`, where the model has `refine` and `score_features`.
 """
 
 from __future__ import annotations
@@ -48,9 +50,11 @@ from diffgap_lightning.data import EmbeddingTable
 from diffgap_lightning.evaluation.bootstrap import interval, resample_counts, resampled_means
 from diffgap_lightning.evaluation.comparison import Method
 from diffgap_lightning.evaluation.report import HOW_TO_READ, format_table, write_json
-from diffgap_lightning.functional.gap import frechet_distance, mmd2
+from diffgap_lightning.functional.gap import frechet_distance, median_bandwidth, mmd2
+from diffgap_lightning.functional.neighbours import neighbour_precision_recall
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.retrieval import RetrievalRanks, retrieval_ranks, retrieval_summary
+from diffgap_lightning.functional.two_sample import classifier_accuracy
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 Fit = Callable[[EmbeddingTable, int], Method]
@@ -151,6 +155,10 @@ class Pool:
     mmd2: list[float] = field(default_factory=list)
     frechet: list[float] = field(default_factory=list)
     gallery: list[int] = field(default_factory=list)
+    produced: list[Tensor] = field(default_factory=list)
+    produced_ids: list[Tensor] = field(default_factory=list)
+    true: list[Tensor] = field(default_factory=list)
+    true_ids: list[Tensor] = field(default_factory=list)
 
     def add(self, model: Method, test: EmbeddingTable, direction: Direction) -> None:
         """Measure a fitted model on a test fold."""
@@ -168,10 +176,29 @@ class Pool:
         self.mmd2.append(mmd2(produced, gallery))
         self.frechet.append(frechet_distance(produced, gallery, shrinkage="ledoit-wolf"))
         self.gallery.append(len(gallery))
+        self.produced.append(produced)
+        self.produced_ids.append(test.ids[source])
+        self.true.append(gallery)
+        self.true_ids.append(test.ids[target])
 
     def best(self) -> Tensor:
         """1-based ranks of all queries."""
         return torch.cat([r.best for r in self.ranks])
+
+    def manifold(self) -> Record:
+        """How near everything produced lies to everything true, over all folds; `MANIFOLD` names the figures."""
+        x, y = torch.cat(self.produced), torch.cat(self.true)
+        ids = torch.cat(self.produced_ids), torch.cat(self.true_ids)
+        width = median_bandwidth(y)
+        near = neighbour_precision_recall(x, y)
+        accuracy = [classifier_accuracy(x, y, *ids, seed=seed) for seed in range(3)]
+        return {
+            **{f"mmd2_{scale:g}": 1000 * mmd2(x, y, scale * width) for scale in (0.5, 1, 2)},
+            "frechet": frechet_distance(x, y, shrinkage="ledoit-wolf"),
+            "precision": near.precision,
+            "recall": near.recall,
+            "accuracy": sum(accuracy) / len(accuracy),
+        }
 
 
 def summarise(by_seed: Mapping[int, Pool], counts: Tensor) -> tuple[Record, Tensor]:
@@ -190,11 +217,39 @@ def summarise(by_seed: Mapping[int, Pool], counts: Tensor) -> tuple[Record, Tens
         "cosine": float(cosine.mean()),
         "cosine_ci": interval(resampled_means(cosine, torch.cat(first.pair_units), counts)),
         **distances,
+        "manifold": mean_of([p.manifold() for p in pools]),
         "n_query": len(hits),
         "n_gallery": round(sum(first.gallery) / len(first.gallery)),
         "seed": list(by_seed) if len(by_seed) > 1 else next(iter(by_seed)),
         "r1_by_seed": [s["r1"] for s in summaries],
     }, draws
+
+
+MANIFOLD = {
+    "mmd2_0.5": "MMD2x1000, half bandwidth",
+    "mmd2_1": "median bandwidth",
+    "mmd2_2": "double",
+    "frechet": "Frechet",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "classifier",
+}
+
+
+def mean_of(records: list[Record]) -> Record:
+    return {k: sum(r[k] for r in records) / len(records) for k in records[0]}
+
+
+def format_manifold(records: list[Record]) -> str:
+    """Cosine and the distances of distributions of each method, one block a direction."""
+    blocks = []
+    for direction in dict.fromkeys(r["direction"] for r in records):
+        lines = [["produced, " + direction.replace("_", " "), "cosine", *MANIFOLD.values()]]
+        for r in (r for r in records if r["direction"] == direction):
+            lines.append([r["method"], f"{r['cosine']:.3f}", *(f"{r['manifold'][k]:.3f}" for k in MANIFOLD)])
+        width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        blocks.append("\n".join("  ".join(c.rjust(w) for c, w in zip(line, width, strict=True)) for line in lines))
+    return "\n\n".join(blocks)
 
 
 def with_units(table: EmbeddingTable, unit: str) -> EmbeddingTable:
@@ -206,32 +261,44 @@ def with_units(table: EmbeddingTable, unit: str) -> EmbeddingTable:
 
 
 def cross_validate(
-    table: EmbeddingTable, directions: list[Direction], methods: Mapping[str, tuple[Fit, list[int]]], bootstrap: int
-) -> list[Record]:
-    """One record a method and direction.
+    table: EmbeddingTable,
+    directions: list[Direction],
+    methods: Mapping[str, tuple[Fit, list[int]]],
+    bootstrap: int,
+    altered: Mapping[str, EmbeddingTable] | None = None,
+) -> dict[str, list[Record]]:
+    """One record a method and direction, for the table itself (`""`) and every altered one.
 
     Args:
         table: With columns `<modality>_fold` and `<modality>_unit`.
         directions: Ordered (source, target) pairs to measure.
         methods: Name -> how it is fitted, and with which seeds.
         bootstrap: Replicates.
+        altered: Condition -> the same rows, altered; only measured on.
     """
-    pools = {(name, d): {s: Pool() for s in seeds} for name, (_, seeds) in methods.items() for d in directions}
-    tasks = [(fold, name, s) for fold in splits(table) for name, (_, seeds) in methods.items() for s in seeds]
-    for (train, test), name, seed in tqdm(tasks, desc="fits", disable=None):
-        model = methods[name][0](train, seed)
+    tables = {"": table, **(altered or {})}
+    keys = [(c, name, d) for c in tables for name in methods for d in directions]
+    pools = {key: {s: Pool() for s in methods[key[1]][1]} for key in keys}
+    folds = list(zip(*map(splits, tables.values()), strict=True))
+    tasks = [(fold, name, s) for fold in folds for name, (_, seeds) in methods.items() for s in seeds]
+    for fold, name, seed in tqdm(tasks, desc="fits", disable=None):
+        model = methods[name][0](fold[0][0], seed)
+        for condition, (_, test) in zip(tables, fold, strict=True):
+            for direction in directions:
+                pools[condition, name, direction][seed].add(model, test, direction)
+    found: dict[str, list[Record]] = {}
+    for condition in tables:
+        records, draws = [], []
         for direction in directions:
-            pools[name, direction][seed].add(model, test, direction)
-    records, draws = [], []
-    for direction in directions:
-        num_units = int(table.columns[f"{direction[0]}_unit"].max()) + 1
-        counts = resample_counts(num_units, bootstrap, torch.Generator().manual_seed(0))
-        for name in methods:
-            record, draw = summarise(pools[name, direction], counts)
-            records.append({"method": name, "direction": "_to_".join(direction), **record})
-            draws.append(draw)
-    compare_with_best(records, draws)
-    return records
+            num_units = int(table.columns[f"{direction[0]}_unit"].max()) + 1
+            counts = resample_counts(num_units, bootstrap, torch.Generator().manual_seed(0))
+            for name in methods:
+                record, draw = summarise(pools[condition, name, direction], counts)
+                records.append({"method": name, "direction": "_to_".join(direction), **record})
+                draws.append(draw)
+        compare_with_best(records, draws)
+        found[condition] = records
+    return found
 
 
 def compare_with_best(records: list[Record], draws: list[Tensor]) -> None:
@@ -280,9 +347,20 @@ def main() -> None:
             print(f"{path}: not found, left out")
             continue
         directions, unit = DATASETS[name]
-        found = cross_validate(with_units(EmbeddingTable.read(path), unit), directions, methods, options.bootstrap)
-        print(f"\n{name}, candidates a fold\n{format_table(found)}\n", flush=True)
-        records += [{"dataset": name, **r} for r in found]
+        altered = {p.stem.removeprefix(f"{name}_"): p for p in sorted(options.data.glob(f"{name}_*.npz"))}
+        found = cross_validate(
+            with_units(EmbeddingTable.read(path), unit),
+            directions,
+            methods,
+            options.bootstrap,
+            {c: with_units(EmbeddingTable.read(p), unit) for c, p in altered.items()},
+        )
+        for condition, rows in found.items():
+            title = f"{name} {condition}".strip()
+            print(f"\n{title}, candidates a fold\n{format_table(rows)}\n", flush=True)
+            if not condition:
+                print(f"{format_manifold(rows)}\n", flush=True)
+            records += [{"dataset": title, **r} for r in rows]
     if not records:
         raise SystemExit(f"{options.data}: holds none of {', '.join(f'{n}.npz' for n in options.datasets)}")
     print("\n".join(HOW_TO_READ[:-1]))

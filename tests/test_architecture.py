@@ -29,10 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": BASE,
     "plotting": BASE,
     "bridges": BASE | {"space", "losses", "gaussian"},
+    "hubness": BASE,
+    "closed_forms": BASE | {"space", "gaussian", "bridges", "hubness"},
     "cdm": BASE | {"diffusion", "denoiser", "gaussian", "space"},
     "fusion": BASE,
     "refiner_config": BASE | {"diffusion", "space"},
-    "refiner": BASE | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"},
+    "refiner": BASE
+    | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"}
+    | {"closed_forms", "hubness"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffgap_lightning.fusion import fit_weights, fuse, mean_recall
+from diffgap_lightning.fusion import clearly_better, fit_weights, fit_weights_over, fuse, mean_recall
 
 DIM = 12
 
@@ -157,3 +157,31 @@ def test_a_rival_pulls_only_as_far_as_it_must() -> None:
     assert recall[0] < recall[2] <= recall[1]
     assert free["good"] < bound["good"]
     assert fit(noise, 300, {"good": 1.0}, rivals=["good"]) == fit(noise, 300, {"good": 1.0})
+
+
+def test_a_lead_within_the_tolerance_is_no_reason_to_follow_a_rival() -> None:
+    ahead = torch.tensor([1.0] * 52 + [0.0] * 48), torch.tensor([1.0] * 50 + [0.0] * 50)
+    behind = ahead[0].roll(40), ahead[1].roll(40)  # as good, on other queries
+    behind[0][45] = 0.0
+    assert clearly_better(ahead, behind, 0.0)
+    assert not clearly_better(ahead, behind, 1.645)
+    assert clearly_better((torch.ones(100), torch.ones(100)), behind, 1.645)
+    assert not clearly_better((torch.ones(1), torch.ones(1)), (torch.zeros(1), torch.zeros(1)), 1.645)  # one is none
+
+
+def test_following_a_rival_is_logged(caplog) -> None:
+    source, target, ids = world(100, {"good": 0.2, "noise": np.inf})
+    fit_weights(source, target, ids, ids, {"noise": 1.0}, ["good"], pseudo_queries=1e6, tolerance=1.645)
+    assert "good alone ranks the held-out rows better" in caplog.text
+    caplog.clear()
+    fit_weights(source, target, ids, ids, {"good": 1.0}, ["good"], tolerance=1.645)
+    assert not caplog.text
+
+
+def test_the_folds_of_one_gallery_are_ranked_each_by_itself() -> None:
+    # Between the folds every candidate is a perfect distractor: only ranks within folds can tell good from noise.
+    folds = [world(60, {"good": 0.5, "noise": np.inf}, seed) for seed in (0, 0)]
+    galleries = [(s, t, i, i) for s, t, i in folds]
+    weights = fit_weights_over(galleries, {"noise": 1.0, "good": 1.0}, ["good"])
+    once = fit_weights(*galleries[0], {"noise": 1.0, "good": 1.0}, ["good"], pseudo_queries=50.0)
+    assert weights == pytest.approx(once, abs=0.02)  # twice the queries count as half the prior

@@ -10,14 +10,18 @@ so that exact ranks never need the score matrix. The weights minimise
     symmetric InfoNCE of the validation gallery + (pseudo_queries / queries) |w - s w_prior|^2 / |s w_prior|^2
 
 by projected gradient, so that a component may end at exactly 0 (s: the best scale of the prior alone). A gallery of
-fifty clips cannot tell five scores apart: there the prior decides, and the more queries
-there are (of at most `max_rows`), the more the data do. Should the result rank
-the validation gallery worse than one of the rivals (the bridges) alone, it is moved towards that one until it does not:
-the fused score is never worse on validation than any of them.
+fifty clips cannot tell five scores apart: there the prior decides, and the more queries there are (of at most
+`max_rows`), the more the data do. The rows may be a validation set, or the held-out folds of a cross-validation, each a
+gallery of its own.
+
+Should one of the rivals (the bridges) alone rank these rows better, the weights are moved towards it until it does not,
+and the log says so. A lead of one query in fifty is no evidence: `tolerance` asks for so many standard errors of the
+paired difference.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -27,8 +31,9 @@ from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
 from diffgap_lightning.functional.retrieval import recall_at_k
 
 Features = Mapping[str, Tensor]
-
-_PSEUDO_QUERIES = 100.0
+ScoredGallery = tuple[Features, Features, Tensor, Tensor]  # source and target features, source and target ids
+PSEUDO_QUERIES = 100.0
+_log = logging.getLogger(__name__)
 
 
 def fuse(features: Features, weights: Mapping[str, float]) -> Tensor:
@@ -53,6 +58,8 @@ def fit_weights(
     prior: Mapping[str, float],
     rivals: Sequence[str],
     max_rows: int = 400,
+    pseudo_queries: float = PSEUDO_QUERIES,
+    tolerance: float = 0.0,
 ) -> dict[str, float]:
     """Fit the weights of all components on a validation gallery.
 
@@ -64,6 +71,8 @@ def fit_weights(
         prior: Component to weight where the data are few; a missing one is 0.
         rivals: Components that must not do better alone.
         max_rows: Rows of each modality (whole ids) that the gradient sees; R@1 is compared on all.
+        pseudo_queries: Weight of the prior.
+        tolerance: By how many standard errors of the paired difference a rival must do better to count as better.
 
     Returns:
         Component to weight, summing to 1.
@@ -71,35 +80,72 @@ def fit_weights(
     Raises:
         ValueError: no id is common to both modalities.
     """
-    shared = torch.unique(source_ids[torch.isin(source_ids, target_ids)])
-    if len(shared) == 0:
-        raise ValueError("fusion: got no id that both modalities share, expected validation pairs")
-    names = list(source)
+    gallery = source, target, source_ids, target_ids
+    return fit_weights_over([gallery], prior, rivals, max_rows, pseudo_queries, tolerance)
+
+
+def fit_weights_over(
+    galleries: Sequence[ScoredGallery],
+    prior: Mapping[str, float],
+    rivals: Sequence[str],
+    max_rows: int = 400,
+    pseudo_queries: float = PSEUDO_QUERIES,
+    tolerance: float = 0.0,
+) -> dict[str, float]:
+    """As `fit_weights`, on several galleries, each ranked by itself: the folds of a cross-validation."""
+    names = list(galleries[0][0])
     start = torch.tensor([float(prior.get(k, 0.0)) for k in names])
-    scores, positive = _score_stack(source, target, source_ids, target_ids, shared, max_rows)
-    fitted = _minimise(scores, positive, start / start.sum())
+    stacks = [_score_stack(*gallery, max_rows) for gallery in galleries]
+    weight = _minimise(stacks, start / start.sum(), pseudo_queries)
+    weight = weight / weight.sum()
 
-    def recall(weight: Tensor) -> float:
+    def hits(weight: Tensor) -> list[Tensor]:
         named = dict(zip(names, weight.tolist(), strict=True))
-        return mean_recall(fuse(source, named), fuse(target, named), source_ids, target_ids)
+        parts = [mutual_hits(fuse(s, named), fuse(t, named), i, j) for s, t, i, j in galleries]
+        return [torch.cat([part[way] for part in parts]) for way in (0, 1)]
 
-    weight = fitted / fitted.sum()
-    if not rivals:
-        return dict(zip(names, weight.tolist(), strict=True))
-    alone = {k: recall(torch.tensor([float(k == name) for name in names])) for k in rivals}
-    rival = max(rivals, key=alone.__getitem__)
-    best = torch.tensor([float(rival == name) for name in names])
-    for share in torch.linspace(0, 1, 9).tolist():
-        mixed = (1 - share) * weight + share * best
-        if recall(mixed) >= alone[rival]:
-            return dict(zip(names, mixed.tolist(), strict=True))
-    raise AssertionError("unreachable: the last mixture is the rival itself")
+    if rivals:
+        alone = {k: hits(torch.tensor([float(k == name) for name in names])) for k in rivals}
+        rival = max(rivals, key=lambda k: float(sum(h.mean() for h in alone[k])))
+        best = torch.tensor([float(rival == name) for name in names])
+        for share in torch.linspace(0, 1, 9).tolist():
+            mixed = (1 - share) * weight + share * best
+            if not clearly_better(alone[rival], hits(mixed), tolerance):
+                break
+        if share > 0:
+            _log.warning(
+                "fused score: %s alone ranks the held-out rows better, so %.0f %% of it are taken", rival, 100 * share
+            )
+        weight = mixed
+    return dict(zip(names, weight.tolist(), strict=True))
+
+
+def mutual_hits(source: Tensor, target: Tensor, source_ids: Tensor, target_ids: Tensor) -> list[Tensor]:
+    """Whether each query's best candidate is a positive, for both directions; rows without a partner do not ask."""
+    return [(r.best <= 1).double() for r in mutual_retrieval_ranks(source, target, source_ids, target_ids)]
+
+
+def clearly_better(rival: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether the mean of the paired figures of `rival` is higher by more than `tolerance` standard errors.
+
+    Each holds one row of figures for each direction, which count alike. The directions' errors are added up as if they
+    went together, since they are of the same clips.
+    """
+    gains = [r - o for r, o in zip(rival, other, strict=True)]
+    gain = sum(float(g.mean()) for g in gains)
+    if tolerance == 0:
+        return gain > 0
+    error = sum(float(g.std() / len(g) ** 0.5) if len(g) > 1 else float("inf") for g in gains)
+    return gain > tolerance * error
 
 
 def _score_stack(
-    source: Features, target: Features, source_ids: Tensor, target_ids: Tensor, shared: Tensor, max_rows: int
+    source: Features, target: Features, source_ids: Tensor, target_ids: Tensor, max_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Scores `(K, N', M')` of a bounded number of rows with partners, and which of them are positive `(N', M')`."""
+    shared = torch.unique(source_ids[torch.isin(source_ids, target_ids)])
+    if len(shared) == 0:
+        raise ValueError("fusion: got no id that both modalities share, expected validation pairs")
     fewer = min(1.0, max_rows / max(int(torch.isin(i, shared).sum()) for i in (source_ids, target_ids)))
     order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0))
     chosen = shared[order[: max(1, int(fewer * len(shared)))].to(shared.device)]
@@ -109,18 +155,26 @@ def _score_stack(
 
 
 @torch.inference_mode(False)  # what a caller computed there can still be differentiated by the weights
-def _minimise(scores: Tensor, positive: Tensor, prior: Tensor, num_iterations: int = 50) -> Tensor:
+def _minimise(
+    stacks: Sequence[tuple[Tensor, Tensor]], prior: Tensor, pseudo_queries: float, num_iterations: int = 50
+) -> Tensor:
     """Weights `(K,)` >= 0 of least penalised InfoNCE: Adam with projection, components in units of their spread."""
-    spread = scores.flatten(1).std(dim=1).clamp(min=1e-6)
-    scores = scores / spread[:, None, None]
-    direction = prior.to(scores.device) * spread
-    scale = torch.tensor([3.0 / float(direction.sum())], device=scores.device)
-    scale = _descend(scale, lambda s: _symmetric_infonce(s * direction, scores, positive), num_iterations)
+    spread = torch.cat([scores.flatten(1) for scores, _ in stacks], 1).std(dim=1).clamp(min=1e-6)
+    stacks = [(scores / spread[:, None, None], positive) for scores, positive in stacks]
+    queries = sum(positive.shape[0] for _, positive in stacks)
+
+    def infonce(weight: Tensor) -> Tensor:
+        losses = [len(positive) / queries * _symmetric_infonce(weight, scores, positive) for scores, positive in stacks]
+        return torch.stack(losses).sum()
+
+    direction = prior.to(spread.device) * spread
+    scale = torch.tensor([3.0 / float(direction.sum())], device=spread.device)
+    scale = _descend(scale, lambda s: infonce(s * direction), num_iterations)
     centre = scale * direction
-    penalty = _PSEUDO_QUERIES / positive.shape[0] / centre.square().sum()
+    penalty = pseudo_queries / queries / centre.square().sum()
 
     def loss(weight: Tensor) -> Tensor:
-        return _symmetric_infonce(weight, scores, positive) + penalty * (weight - centre).square().sum()
+        return infonce(weight) + penalty * (weight - centre).square().sum()
 
     return (_descend(centre, loss, num_iterations) / spread).cpu()
 

@@ -12,8 +12,8 @@
     strength                 how far back the start is noised: 0 returns the start itself, 1 is pure noise
 
 `score` never samples. It adds up similarities, each an inner product of features of query and gallery row alone: the
-closed-form bridges' scores and the contrastive diffusion modules' posterior means in both directions. Their weights are
-fitted on validation (see `fusion.py`).
+closed-form bridges' scores, the contrastive diffusion modules' posterior means in both directions, and a correction for
+hubs (see `hubness.py`). Their weights are fitted on held-out rows (see `fusion.py`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from diffgap_lightning.bridges import (
 )
 from diffgap_lightning.cdm import ContrastiveDiffusion
 from diffgap_lightning.checkpoint import load_folder, save_folder
+from diffgap_lightning.closed_forms import HUB_BRIDGE, ClosedForms, fit_closed_forms, held_out
 from diffgap_lightning.denoiser import MLPDenoiser
 from diffgap_lightning.diffusion.guidance import Denoise
 from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp_2m
@@ -46,8 +47,9 @@ from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
 from diffgap_lightning.functional.checks import check_embeddings
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.precision import full_float32
-from diffgap_lightning.fusion import fit_weights, fuse
+from diffgap_lightning.fusion import PSEUDO_QUERIES, ScoredGallery, fit_weights, fit_weights_over, fuse
 from diffgap_lightning.gaussian import GaussianDenoiser
+from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
 from diffgap_lightning.space import EmbeddingSpace, Rank
 
@@ -60,9 +62,14 @@ _BRIDGES: dict[str, type[Bridge]] = {
     "cca": CCABridge,
 }
 # Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
-# correct it.
-_NETWORK = ("forward", "backward")
+# correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest.
+_NO_BRIDGE = ("forward", "backward", "hub")
 _PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "forward": 0.2, "backward": 0.2}
+_FEW_PRIOR_WEIGHTS = {"forward": 1.0, "backward": 1.0, "centre": 1.0, "hub": 1.5}
+_NUM_FOLDS = 5
+_BLEND = 0.3  # of the centred source with a linear posterior mean
+_LEAST_ROWS = 16  # of a modality in the rest of a fold, below which there are no folds
+_TOLERANCE = 1.645  # standard errors, one-sided 5 %: by how much a bridge must win to be preferred
 
 
 class DiffGAPRefiner(nn.Module):
@@ -73,6 +80,7 @@ class DiffGAPRefiner(nn.Module):
         space: The coordinates.
         closed_forms: Fitted Gaussian denoiser of each direction.
         bridges: Fitted closed-form bridges of all pairs, by name.
+        hubs: Fitted hub correction of each pair, if there is any.
     """
 
     def __init__(
@@ -81,10 +89,12 @@ class DiffGAPRefiner(nn.Module):
         space: EmbeddingSpace,
         closed_forms: Mapping[Direction, GaussianDenoiser],
         bridges: Mapping[str, Bridge],
+        hubs: Mapping[Direction, HubCorrection] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.space = config, space
         self.bridges = nn.ModuleDict(bridges)
+        self.hubs = nn.ModuleDict({direction_name(*pair): hub for pair, hub in (hubs or {}).items()})
         self.cdm = nn.ModuleDict()
         for source, target in config.directions:
             network = MLPDenoiser(
@@ -104,11 +114,14 @@ class DiffGAPRefiner(nn.Module):
         pairs: Sequence[Direction] | None = None,
         rank: Rank | Mapping[str, Rank] = "auto",
         max_pairs: int = 100_000,
+        few_pairs: int = 2000,
         **choices: Any,
     ) -> DiffGAPRefiner:
         """Fit everything that needs no training: the space, the Gaussian denoisers and the bridges.
 
-        The result already refines and scores; training the denoisers' networks improves it from there.
+        The result already refines and scores; training the denoisers' networks improves it from there. On few pairs
+        all of it is also fitted on four fifths of the rows at a time, and the fifth that is left tells how much to
+        restore and how to weigh the score components; no row is given up for it.
 
         Args:
             embeddings: Modality to training rows `(N, D)` of unit norm.
@@ -116,6 +129,7 @@ class DiffGAPRefiner(nn.Module):
             pairs: (source, target) pairs; default: text to audio where both are there, otherwise all.
             rank: See `EmbeddingSpace.fit`.
             max_pairs: A fixed random subset of so many positive pairs is fitted on.
+            few_pairs: Up to so many, the posterior means may be kernel regressions, and the folds are used; 0: never.
             **choices: Other fields of `RefinerConfig`.
 
         Raises:
@@ -129,25 +143,67 @@ class DiffGAPRefiner(nn.Module):
         space = EmbeddingSpace.fit(wanted, rank)
         config = RefinerConfig(tuple(pairs), space.dims, space.ranks, **choices)
         same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
-        usable = {name: bridge for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
-        bridges = {name: bridge().fit(wanted, ids, config.directions) for name, bridge in usable.items()}
-        coordinates = {m: space.encode(x, m) for m, x in wanted.items()}
-        closed_forms = {}
-        for source, target in config.directions:
-            i, j = _some_pairs(ids[source], ids[target], max_pairs, f"{source} and {target}")
-            closed_forms[source, target] = GaussianDenoiser.fit(coordinates[source][i], coordinates[target][j])
-        config = replace(config, bridges={name: bridge.to_parts()[0] for name, bridge in bridges.items()})
-        refiner = cls(config, space, closed_forms, bridges).eval()
+        bridges = {name: bridge() for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
+        closed = fit_closed_forms(space, wanted, ids, config.pairs, bridges, max_pairs, few_pairs)
+        refiner = cls._of(config, space, closed)
         restore = {
-            direction_name(s, t): _restoring(refiner.start_energy(wanted[s][:4096], source=s, target=t))
-            for s, t in config.directions
+            d: _restoring(refiner.start_energy(wanted[d[0]][:4096], source=d[0], target=d[1]))
+            for d in config.directions
         }
-        fusion = {
-            direction_name(*pair): {k: w for k, w in _PRIOR_WEIGHTS.items() if k in bridges or k in _NETWORK}
-            for pair in config.pairs
-        }
-        refiner.config = replace(config, restore=restore, fusion=fusion)
+        refiner.config = replace(refiner.config, restore={_name(d): r for d, r in restore.items()})
+        for pair in config.pairs:
+            if len(pair_indices(*(ids[m] for m in pair))[0]) <= few_pairs:
+                refiner._cross_fit(wanted, ids, pair, closed)
         return refiner
+
+    @classmethod
+    def _of(cls, config: RefinerConfig, space: EmbeddingSpace, closed: ClosedForms) -> DiffGAPRefiner:
+        """An untrained refiner of these closed forms, with the weights that need no held-out rows."""
+        records = {name: bridge.to_parts()[0] for name, bridge in closed.bridges.items()}
+        refiner = cls(replace(config, bridges=records), space, closed.denoisers, closed.bridges, closed.hubs).eval()
+        refiner.config = replace(
+            refiner.config,
+            restore=dict.fromkeys(map(_name, config.directions), 1.0),
+            fusion={_name(pair): refiner._prior(pair) for pair in config.pairs},
+        )
+        return refiner
+
+    def _cross_fit(
+        self, embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor], pair: Direction, closed: ClosedForms
+    ) -> None:
+        """Fit a pair's fusion weights and restoring factors on rows that no closed form was fitted on, by folds."""
+        galleries: list[ScoredGallery] = []
+        energy: dict[Direction, list[Tensor]] = {pair: [], pair[::-1]: []}
+        for kept, held in held_out(ids[pair[0]], ids[pair[1]], _NUM_FOLDS):
+            if min(map(int, (mask.sum() for mask in kept))) < _LEAST_ROWS:
+                return
+            rest = {m: embeddings[m][mask] for m, mask in zip(pair, kept, strict=True)}
+            rest_ids = {m: ids[m][mask] for m, mask in zip(pair, kept, strict=True)}
+            space = EmbeddingSpace.fit(rest, {m: self.config.ranks[m] for m in pair})
+            again = {name: bridge.again(pair) for name, bridge in closed.bridges.items()}
+            config = replace(self.config, pairs=(pair,), dims=space.dims, ranks=space.ranks)
+            fitted = fit_closed_forms(space, rest, rest_ids, (pair,), again, len(rest_ids[pair[0]]) ** 2, 0, closed)
+            fold = self._of(config, space, fitted)
+            found = {m: embeddings[m][mask] for m, mask in zip(pair, held, strict=True)}
+            found_ids = [ids[m][mask] for m, mask in zip(pair, held, strict=True)]
+            features = [fold.components(found[m], modality=m, pair=pair) for m in pair]
+            galleries.append((features[0], features[1], found_ids[0], found_ids[1]))
+            for source, target in energy:
+                energy[source, target].append(fold.start_energy(found[source], source=source, target=target))
+        weights = fit_weights_over(galleries, self._prior(pair), list(self.bridges), tolerance=_TOLERANCE)
+        name, queries = _name(pair), sum(len(gallery[2]) for gallery in galleries)
+        self.config = replace(
+            self.config,
+            restore=self.config.restore | {_name(d): _restoring(torch.cat(e)) for d, e in energy.items()},
+            fusion=self.config.fusion | {name: weights},
+            fusion_prior=self.config.fusion_prior | {name: weights},
+            fusion_queries=self.config.fusion_queries | {name: float(queries)},
+        )
+
+    def _prior(self, pair: Direction) -> dict[str, float]:
+        kernel = all(len(self.cdm_of(*d).closed_form.anchors) > 0 for d in (pair, pair[::-1]))
+        usable = {*self.bridges, *_NO_BRIDGE[:2], *(["hub"] if _name(pair) in self.hubs else [])}
+        return {k: w for k, w in (_FEW_PRIOR_WEIGHTS if kernel else _PRIOR_WEIGHTS).items() if k in usable}
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -254,7 +310,7 @@ class DiffGAPRefiner(nn.Module):
             pair: As in the configuration.
 
         Returns:
-            Component to `(N, F_k)`: the bridges by name, `"forward"` and `"backward"`.
+            Component to `(N, F_k)`: the bridges by name, `"hub"`, `"forward"` and `"backward"`.
         """
         source, target = pair
         found = {
@@ -262,6 +318,10 @@ class DiffGAPRefiner(nn.Module):
             for name, bridge in self.bridges.items()
             if isinstance(bridge, Bridge)
         }
+        if direction_name(*pair) in self.hubs:
+            bridge = self.bridges[HUB_BRIDGE]
+            features = bridge.score_features(embedding, modality=modality, source=source, target=target)  # type: ignore[operator]
+            found["hub"] = self.hubs[direction_name(*pair)](features, modality == source)
         own = self.space.encode(self._rows(embedding, modality), modality)
         other = target if modality == source else source
         produced = self.cdm_of(modality, other).posterior_mean(own)
@@ -298,13 +358,16 @@ class DiffGAPRefiner(nn.Module):
         fusion = {}
         for pair in self.config.pairs:
             s, t = pair
-            fusion[direction_name(s, t)] = fit_weights(
+            name = direction_name(s, t)
+            fusion[name] = fit_weights(
                 components[pair, s],
                 components[pair, t],
                 ids[s],
                 ids[t],
-                prior=_PRIOR_WEIGHTS,
+                prior=self.config.fusion_prior.get(name, self._prior(pair)),
                 rivals=list(self.bridges),
+                pseudo_queries=max(PSEUDO_QUERIES, self.config.fusion_queries.get(name, 0.0)),
+                tolerance=_TOLERANCE,
             )
         restore = {direction_name(*d): _restoring(e) for d, e in energy.items()}
         self.config = replace(self.config, fusion=fusion, restore=restore)
@@ -364,7 +427,10 @@ class DiffGAPRefiner(nn.Module):
         except TypeError as error:
             raise ValueError(f"refiner: the configuration does not fit this version ({error})") from error
         dims, ranks = built.dims, built.ranks
-        closed_forms = {(s, t): GaussianDenoiser(ranks[s], ranks[t]) for s, t in built.directions}
+        closed_forms = {
+            (s, t): GaussianDenoiser(ranks[s], ranks[t], _rows_of(tensors, f"cdm.{s}->{t}.closed_form.anchors"))
+            for s, t in built.directions
+        }
         wrong = {direction_name(*d) for d in built.directions} - set(built.restore)
         wrong |= {direction_name(*p) for p in built.pairs} - set(built.fusion) | set(built.bridges) - set(_BRIDGES)
         if wrong:
@@ -372,8 +438,14 @@ class DiffGAPRefiner(nn.Module):
         prefix = "bridges."
         states = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         bridges = {n: _BRIDGES[n].from_parts(record, _part(states, n)) for n, record in built.bridges.items()}
+        hubs = {}
+        for pair in built.pairs:
+            bank = [f"hubs.{direction_name(*pair)}.{side}" for side in ("source", "target")]
+            if all(name in tensors and tensors[name].ndim == 2 for name in bank) and HUB_BRIDGE in bridges:
+                sizes = (_rows_of(tensors, bank[0]), _rows_of(tensors, bank[1]))
+                hubs[pair] = HubCorrection(sizes, tensors[bank[0]].shape[1])
         with torch.random.fork_rng(devices=[]):  # the networks' first weights are replaced at once
-            refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges).eval()
+            refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges, hubs).eval()
         try:
             refiner.load_state_dict(dict(tensors))
         except RuntimeError as error:
@@ -414,7 +486,10 @@ class DiffGAPRefiner(nn.Module):
         offset = self.space.offset(mean, target)
         if self.config.dims[source] != self.config.dims[target]:
             return offset
-        return (1 - self.config.blend) * offset + self.config.blend * self.space.centre(rows, source)
+        blend = self.config.blend
+        if blend is None:
+            blend = _BLEND if len(self.cdm_of(source, target).closed_form.anchors) == 0 else 0.0
+        return offset if blend == 0 else (1 - blend) * offset + blend * self.space.centre(rows, source)
 
     def _pair(self, source: str, target: str) -> Direction:
         self.cdm_of(source, target)
@@ -424,6 +499,14 @@ class DiffGAPRefiner(nn.Module):
 def _restoring(energy: Tensor) -> float:
     """The factor that brings starts to unit mean square."""
     return float(energy.mean().clamp(min=1e-4).rsqrt())
+
+
+def _name(direction: Direction) -> str:
+    return direction_name(*direction)
+
+
+def _rows_of(tensors: Mapping[str, Tensor], name: str) -> int:
+    return len(tensors[name]) if name in tensors and tensors[name].ndim > 0 else 0
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -437,19 +520,6 @@ def _default_pairs(modalities: Collection[str]) -> list[Direction]:
     if "audio" in modalities:
         return [(m, "audio") for m in sources]
     return list(combinations(sources, 2))
-
-
-def _some_pairs(source_ids: Tensor, target_ids: Tensor, most: int, what: str) -> tuple[Tensor, Tensor]:
-    """Positive pairs, at most so many of them: always the same ones."""
-    i, j = pair_indices(source_ids, target_ids)
-    if len(i) < 2:
-        raise ValueError(
-            f"{what}: got {len(i)} positive pairs, expected at least 2; are the ids those of the same clips?"
-        )
-    if len(i) > most:
-        chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:most]
-        i, j = i[chosen], j[chosen]
-    return i, j
 
 
 def _randn_like(z: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -35,9 +35,12 @@ class RefinerConfig:
         strength: How far back that start is noised by default.
         num_steps: Sampler steps by default.
         sampler: Sampler by default.
-        blend: Share of the centred source in the posterior-mean start, where dimensions allow it.
+        blend: Share of the centred source in the posterior-mean start, where dimensions allow it. None: 0 where the
+            mean is a kernel regression around the centred source, which holds its share already, and 0.3 elsewhere.
         restore: Fitted factor of each direction, "source->target", that gives the start the target's variance.
         fusion: Fitted weights of each pair's score components.
+        fusion_prior: What `calibrate` holds the weights to: those fitted out of fold on the training rows, or nothing.
+        fusion_queries: How many training queries stand behind them.
         bridges: What the bridges are, by name.
         encoder: Fingerprint of the encoder whose space this is, if known.
     """
@@ -54,9 +57,11 @@ class RefinerConfig:
     strength: float = 0.2
     num_steps: int = 10
     sampler: Sampler = "dpmpp_2m"
-    blend: float = 0.3
+    blend: float | None = None
     restore: dict[str, float] = field(default_factory=dict)
     fusion: dict[str, dict[str, float]] = field(default_factory=dict)
+    fusion_prior: dict[str, dict[str, float]] = field(default_factory=dict)
+    fusion_queries: dict[str, float] = field(default_factory=dict)
     bridges: dict[str, dict[str, Any]] = field(default_factory=dict)
     encoder: str | None = None
 
@@ -83,6 +88,8 @@ class RefinerConfig:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number from {least}")
         for name in ("dropout", "strength", "blend"):
             value = getattr(self, name)
+            if name == "blend" and value is None:
+                continue
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
         fitted = {f"restore {k}": v for k, v in self.restore.items()}

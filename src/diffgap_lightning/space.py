@@ -22,7 +22,7 @@ from diffgap_lightning.functional.checks import check_embeddings
 
 Rank = int | Literal["auto", "full"]
 
-_KEPT_VARIANCE = 0.9
+_KEPT_VARIANCE = 0.99
 _ROWS_PER_DIRECTION = 10
 
 
@@ -56,7 +56,7 @@ class EmbeddingSpace(nn.Module):
             embeddings: Modality to `(N, D)` rows of unit norm; N and D may differ between modalities.
             rank: Number of coordinates, for all modalities or for each. `"full"`: D. `"auto"`: all directions in which
                 the rows vary where there are at least 10 rows for each dimension, otherwise the leading directions that
-                hold 90 % of the variance.
+                hold 99 % of the variance.
 
         Raises:
             ValueError: unusable rows (see `check_embeddings`), fewer than 2 of them, or a rank out of range.

@@ -38,8 +38,8 @@ def test_it_equals_the_definition_for_every_chunk_size(chunk_size: int) -> None:
 def test_block_memory_is_bounded_and_changes_nothing(monkeypatch) -> None:
     x, y = rows(40, 3), rows(30, 3, seed=1)
     expected = mmd2(x, y, 1.0)
-    largest, distances = [], mmd._squared_distances
-    monkeypatch.setattr(mmd, "_squared_distances", lambda a, b: largest.append(len(a) * len(b)) or distances(a, b))
+    largest, distances = [], mmd.squared_distances
+    monkeypatch.setattr(mmd, "squared_distances", lambda a, b: largest.append(len(a) * len(b)) or distances(a, b))
     monkeypatch.setattr(mmd, "_MAX_BLOCK", 64)
     assert mmd2(x, y, 1.0) == pytest.approx(expected, rel=1e-10)
     assert max(largest) <= 64

@@ -44,7 +44,9 @@ def test_the_posterior_mean_start_is_the_restored_blend(rows, way, other, measur
     condition = (x - s["mean"]) @ s["basis"] / scale_s
     with torch.no_grad():
         mean = refiner.cdm_of(**way).posterior_mean(condition.float()).double()
-    blend, restore = refiner.config.blend, refiner.config.restore["->".join(way.values())]
+    kernel = len(refiner.cdm_of(**way).closed_form.anchors) > 0
+    assert refiner.config.blend is None  # the default: 0.3, and 0 where the mean is a kernel regression
+    blend, restore = 0.0 if kernel else 0.3, refiner.config.restore["->".join(way.values())]
     offset = restore * ((1 - blend) * scale_t * mean @ t["basis"].T + blend * (x - s["mean"]))
     expected = normalize(t["mean"] + offset, dim=1)
     found = refiner.refine(x, **way, start="posterior_mean", strength=0.0)
@@ -53,15 +55,27 @@ def test_the_posterior_mean_start_is_the_restored_blend(rows, way, other, measur
     torch.testing.assert_close(refiner.start_energy(x, **way).double(), energy, rtol=1e-4, atol=0)
 
 
-def test_the_start_is_restored_to_unit_mean_square_where_it_was_measured_or_calibrated(rows, untrained, own) -> None:
+def test_the_start_is_restored_to_unit_mean_square_where_it_was_measured_or_calibrated(rows, own, quick) -> None:
     other, ids = rows(n=60, seed=2)
     own.calibrate(other, ids)
-    for refiner, x in ((untrained, rows()[0]), (own, other)):
+    measured = DiffGAPRefiner.measure(*rows(), rank="full", width=16, few_pairs=0)
+    for refiner, x in ((measured, rows()[0]), (own, other)):
         for way in (TA, AT):
             factor = refiner.config.restore["->".join(way.values())]
             energy = refiner.start_energy(x[way["source"]], **way)
             assert energy.shape == (len(x["text"]),)
             torch.testing.assert_close(factor**2 * energy.mean(), torch.tensor(1.0))
+
+
+def test_of_few_pairs_the_start_is_restored_for_new_rows(rows, quick) -> None:
+    # Of 30 pairs a kernel regression predicts its own rows with more variance than it predicts any others.
+    new, energies = rows(n=2000, seed=9)[0], []
+    for seed in range(4):
+        refiner = DiffGAPRefiner.measure(*rows(n=30, seed=seed), rank=5, width=8, depth=0)
+        for way in (TA, AT):
+            factor = refiner.config.restore["->".join(way.values())]
+            energies.append(factor**2 * refiner.start_energy(new[way["source"]], **way).mean().item())
+    assert sum(energies) / len(energies) == pytest.approx(1, abs=0.03)
 
 
 def test_before_training_the_posterior_mean_is_ridge(rows, untrained) -> None:

@@ -168,6 +168,10 @@ class Bridge(nn.Module):
         mean = self._get(f"mean:{modality}")
         return unit(embedding.to(mean.device, torch.float32), dim=1) - mean
 
+    def again(self, pair: Direction) -> Bridge:
+        """An unfitted bridge of the same options, with what this one chose for a pair in place of `"auto"`."""
+        return type(self)(**self.options)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write a checkpoint folder (see `checkpoint.py`), atomically."""
         config, tensors = self.to_parts()

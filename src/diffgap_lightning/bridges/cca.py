@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffgap_lightning.bridges.base import Bridge, unit
+from diffgap_lightning.bridges.base import Bridge, Direction, unit
 from diffgap_lightning.bridges.cca_choice import Auto, CCAChoice, best_choice, moments_of, open_choices, solve
 from diffgap_lightning.bridges.pairs import PairedRows
 from diffgap_lightning.functional.linear import ridge
@@ -47,6 +47,11 @@ class CCABridge(Bridge):
     ) -> None:
         super().__init__(rank=rank, shrinkage=shrinkage, power=power, centred_weight=centred_weight, seed=seed)
         self.chosen: dict[tuple[str, str], CCAChoice] = {}
+
+    def again(self, pair: Direction) -> Bridge:
+        """As every bridge's."""
+        chosen = self.chosen.get(self._pair(*pair))
+        return super().again(pair) if chosen is None else CCABridge(**chosen._asdict())
 
     def _fit_pair(self, first: str, second: str, rows: PairedRows) -> None:
         o = self.options

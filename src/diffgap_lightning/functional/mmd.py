@@ -65,7 +65,7 @@ def median_bandwidth(rows: Tensor) -> float:
         rows = rows[draw.to(rows.device)]
     x = true_float(rows, column_mean(rows))
     with full_float32(x.device):
-        distances = _squared_distances(x, x)[tuple(torch.triu_indices(len(x), len(x), 1, device=x.device))]
+        distances = squared_distances(x, x)[tuple(torch.triu_indices(len(x), len(x), 1, device=x.device))]
     middle = [distances.kthvalue(k).values.item() for k in ((len(distances) + 1) // 2, len(distances) // 2 + 1)]
     median = sum(math.sqrt(m) for m in middle) / 2
     if median**2 <= _RESOLUTION * x.square().sum(1).mean().item():
@@ -89,10 +89,10 @@ def kernel_mean(x: Tensor, y: Tensor | None, rates: Sequence[float], chunk_size:
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
             if y is not None:
-                distances = _squared_distances(part, y)
+                distances = squared_distances(part, y)
                 total += sum(_total(distances.mul(-rate).exp_()) for rate in rates)
                 continue
-            distances = _squared_distances(part, x[start:])
+            distances = squared_distances(part, x[start:])
             distances[:, : len(part)].fill_diagonal_(torch.inf)
             for rate in rates:
                 kernel = distances.mul(-rate).exp_()
@@ -108,7 +108,7 @@ def check_rows(x: Tensor, name: str, dim: int | None = None) -> None:
         raise ValueError(f"{name}: got 1 row, expected at least 2: this measure compares different rows")
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """`(n, m)` from one matrix product; rounding may take equal rows below 0, hence the clamp."""
     return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2).clamp_min_(0)
 

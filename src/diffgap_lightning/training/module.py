@@ -58,13 +58,14 @@ class DiffGAPModule(LightningModule):
         start: Where `refine` starts by default.
         strength: How far back it is noised by default.
         num_steps: Sampler steps by default.
-        blend: Share of the centred source in the posterior-mean start.
+        blend: Share of the centred source in the posterior-mean start; see `RefinerConfig`.
         refiner: Folder of a refiner to go on from; its space, architecture and defaults of `refine` replace those named
             here.
         optimizer: Default AdamW with learning rate 5e-4 and weight decay 0.01.
         lr_scheduler: None keeps the learning rate.
         seed: Of the training noise and of the validation's samples.
         max_rows: Rows of each modality on which the closed forms are measured.
+        few_pairs: See `DiffGAPRefiner.measure`.
     """
 
     def __init__(
@@ -86,12 +87,13 @@ class DiffGAPModule(LightningModule):
         start: Start = "posterior_mean",
         strength: float = 0.2,
         num_steps: int = 10,
-        blend: float = 0.3,
+        blend: float | None = None,
         refiner: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         max_rows: int = 100_000,
+        few_pairs: int = 2000,
     ) -> None:
         super().__init__()
         # Settings come from the caller or the YAML, never from a checkpoint, so no hyper-parameters are saved.
@@ -101,7 +103,7 @@ class DiffGAPModule(LightningModule):
             "start": start, "strength": 0.0 if objective == "regression" else strength, "num_steps": num_steps,
             "blend": blend,
         }  # fmt: skip
-        self.rank, self.split, self.seed, self.max_rows = rank, split, seed, max_rows
+        self.rank, self.split, self.seed, self.max_rows, self.few_pairs = rank, split, seed, max_rows, few_pairs
         self.objective = Objective(
             objective, loss_weighting, contrastive_weight, condition_dropout, condition_noise, share_of_noise
         )
@@ -130,7 +132,9 @@ class DiffGAPModule(LightningModule):
             return
         embeddings, ids, encoder = self._training_rows()
         with torch.inference_mode(False):  # what a validation measures can be trained afterwards
-            refiner = DiffGAPRefiner.measure(embeddings, ids, self.pairs, self.rank, encoder=encoder, **self.choices)
+            refiner = DiffGAPRefiner.measure(
+                embeddings, ids, self.pairs, self.rank, few_pairs=self.few_pairs, encoder=encoder, **self.choices
+            )
             state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
             self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
 
@@ -170,7 +174,10 @@ class DiffGAPModule(LightningModule):
             self.refiner = loaded.to(self.device)
             return
         _check_same_architecture(self.refiner, loaded)
-        fitted = {name: getattr(loaded.config, name) for name in ("restore", "fusion", "bridges")}
+        fitted = {
+            name: getattr(loaded.config, name)
+            for name in ("restore", "fusion", "fusion_prior", "fusion_queries", "bridges")
+        }
         self.refiner.config = replace(self.refiner.config, **fitted)
 
     def _data_encoder(self) -> str | None:
