@@ -34,9 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "cdm": BASE | {"diffusion", "denoiser", "gaussian", "space"},
     "fusion": BASE,
     "refiner_config": BASE | {"diffusion", "space"},
+    "product": BASE | {"diffusion", "cdm"},
+    "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
     "refiner": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"}
-    | {"closed_forms", "hubness"},
+    | {"closed_forms", "hubness", "together"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

@@ -41,8 +41,7 @@ from diffgap_lightning.cdm import ContrastiveDiffusion
 from diffgap_lightning.checkpoint import load_folder, save_folder
 from diffgap_lightning.closed_forms import HUB_BRIDGE, ClosedForms, fit_closed_forms, held_out
 from diffgap_lightning.denoiser import MLPDenoiser
-from diffgap_lightning.diffusion.guidance import Denoise
-from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp_2m
+from diffgap_lightning.diffusion.samplers import sample_named
 from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
 from diffgap_lightning.functional.checks import check_embeddings
 from diffgap_lightning.functional.pairs import pair_indices
@@ -52,6 +51,7 @@ from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
 from diffgap_lightning.space import EmbeddingSpace, Rank
+from diffgap_lightning.together import refine_together
 
 # The closed forms that the fused score may draw on.
 _BRIDGES: dict[str, type[Bridge]] = {
@@ -213,9 +213,9 @@ class DiffGAPRefiner(nn.Module):
     @torch.no_grad()
     def refine(
         self,
-        embedding: Tensor,
+        embedding: Tensor | Mapping[str, Tensor | None],
         *,
-        source: str,
+        source: str | None = None,
         target: str,
         num_steps: int | None = None,
         num_samples: int = 1,
@@ -224,12 +224,13 @@ class DiffGAPRefiner(nn.Module):
         start: Start | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
+        present: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Carry embeddings of one modality to where the other modality's lie.
+        """Carry embeddings of one modality, or of several at once, to where the other modality's lie.
 
         Args:
-            embedding: `(B, D)`; it is not changed.
-            source: Its modality.
+            embedding: `(B, D)`, or source modality to `(B, D)` or None; it is not changed.
+            source: Its modality; not with several.
             target: The modality to move to.
             num_steps: Sampler steps, from 1; default: the refiner's.
             num_samples: Samples for each row.
@@ -240,6 +241,7 @@ class DiffGAPRefiner(nn.Module):
             start: `"posterior_mean"` or `"source"`.
             sampler: `"dpmpp_2m"`, `"ddim"` or `"ddpm"`.
             generator: Source of the noise; on its own device or the embedding's.
+            present: With several sources, source to `(B,)` bool: which rows have it. See `together.py`.
 
         Returns:
             `(B, D_target)`, or `(B, num_samples, D_target)` for more than one sample, of unit norm, in the dtype and on
@@ -252,6 +254,19 @@ class DiffGAPRefiner(nn.Module):
             raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
+        if isinstance(embedding, Mapping):
+            if source is not None:
+                raise ValueError(
+                    f"source: got {source!r} beside several sources, expected none: the mapping names them"
+                )
+            return refine_together(
+                self, embedding, target=target, present=present, num_samples=num_samples, num_steps=num_steps,
+                strength=strength, guidance_scale=guidance_scale, start=start, sampler=sampler, generator=generator,
+            )  # fmt: skip
+        if source is None or present is not None:
+            raise ValueError(
+                f"source={source!r}, present={present!r}: `source` belongs to one tensor, `present` to several"
+            )
         cdm, config = self.cdm_of(source, target), self.config
         rows = self._rows(embedding, source)
         if start is None:
@@ -264,7 +279,7 @@ class DiffGAPRefiner(nn.Module):
             denoise = cdm.denoiser(condition, 1.0 if guidance_scale is None else guidance_scale)
             z = self.space.coordinates(offset, target)
             noisy = cdm.schedule.add_noise(z, _randn_like(z, generator), times[:1].expand(len(z)))
-            clean = _sample(sampler or config.sampler, denoise, noisy, cdm.schedule, times, generator)
+            clean = sample_named(sampler or config.sampler, denoise, noisy, cdm.schedule, times, generator)
             # What lies outside the basis is not diffused: it stays what the start has there.
             offset = offset + self.space.offset(clean - z, target)
         out = nn.functional.normalize(self.space.mean(target) + offset, dim=1).to(embedding.device, embedding.dtype)
@@ -525,20 +540,3 @@ def _default_pairs(modalities: Collection[str]) -> list[Direction]:
 def _randn_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
     device = z.device if generator is None else generator.device
     return torch.randn(z.shape, generator=generator, device=device).to(z.device)
-
-
-def _sample(
-    sampler: Sampler,
-    denoise: Denoise,
-    noisy: Tensor,
-    schedule: NoiseSchedule,
-    times: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if sampler == "dpmpp_2m":
-        return sample_dpmpp_2m(denoise, noisy, schedule, times)
-    if sampler == "ddim":
-        return sample_ddim(denoise, noisy, schedule, times, generator=generator)
-    if sampler == "ddpm":
-        return sample_ddpm(denoise, noisy, schedule, times, generator=generator)
-    raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(get_args(Sampler))}")

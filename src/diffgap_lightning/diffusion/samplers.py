@@ -98,6 +98,24 @@ def sample_dpmpp_2m(
     return x
 
 
+def sample_named(
+    name: str,
+    denoise: Denoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    times: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample with `"dpmpp_2m"`, `"ddim"` or `"ddpm"`. Returns `(B, R)`."""
+    if name == "dpmpp_2m":
+        return sample_dpmpp_2m(denoise, x, schedule, times)
+    if name == "ddim":
+        return sample_ddim(denoise, x, schedule, times, generator=generator)
+    if name == "ddpm":
+        return sample_ddpm(denoise, x, schedule, times, generator=generator)
+    raise ValueError(f"sampler: got {name!r}, expected one of dpmpp_2m, ddim, ddpm")
+
+
 def _posterior_std(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
     """Standard deviation of q(x_s | x_t, x0)."""
     return (sigma_s / sigma) * (1 - (alpha / alpha_s).square()).clamp(min=0).sqrt()
