@@ -75,7 +75,12 @@ def latent_diffusion(folder: Path, seed: int = 0) -> Any:
 
         torch.manual_seed(seed)
         model = LatentDiffusion(**small_config()["model"]["params"]).eval()
-    for parameter in model.model.parameters():  # the package starts many of them at zero
-        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    # The package starts what ends a block at zero, and generates with averaged weights: both would hide the condition.
+    from audioldm.latent_diffusion.ema import LitEma
+
+    g = torch.Generator().manual_seed(seed)
+    for name, parameter in model.model.named_parameters():
+        parameter.data.add_((2.0 if "film" in name else 0.05) * torch.randn(parameter.shape, generator=g))
+    model.model_ema = LitEma(model.model)
     model.cond_stage_model.embed_mode = "text"
     return model

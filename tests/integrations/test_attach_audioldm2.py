@@ -150,6 +150,17 @@ def test_only_the_conditional_clap_embedding_is_refined(
     assert len(own[CLAP].float().unique(dim=0)) == 2 * tiled
 
 
+def test_a_single_prompt_may_have_a_sample_for_each_waveform(pipe: Any, refiner: DiffGAPRefiner) -> None:
+    options = {"num_waveforms_per_prompt": 3, "negative_prompt": "hiss"}
+    _, plain = generate(pipe, "a dog barks", **options)
+    with attach(refiner, pipe, strength=0.9, per_candidate=True):
+        _, seen = generate(pipe, "a dog barks", **options)
+    generated = "encoder_hidden_states"
+    assert torch.equal(seen.unet[generated][:3], plain.unet[generated][:3])
+    assert len(seen.unet[generated][3:].unique(dim=0)) == 3
+    assert len(plain.unet[generated][3:].unique(dim=0)) == 1
+
+
 def test_reranking_sees_the_prompts_own_embedding(pipe: Any, refiner: DiffGAPRefiner) -> None:
     pytest.importorskip("librosa", reason="the pipeline ranks only with librosa")
     _, plain = generate(pipe, num_waveforms_per_prompt=2)

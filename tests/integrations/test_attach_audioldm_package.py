@@ -289,13 +289,13 @@ def test_a_checkpoint_is_loaded_as_the_package_saved_it(tiny: Any, home: Path, m
 
 
 def test_unusable_checkpoints_are_named(tiny: Any, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not found; expected a checkpoint file"):
+    with pytest.raises(FileNotFoundError, match="absent.ckpt: no such file"):
         load_audioldm(tmp_path / "absent.ckpt")
     bad, other = tmp_path / "bad.ckpt", tmp_path / "other.ckpt"
     bad.write_bytes(b"nonsense")
     torch.save({"state_dict": {"x": torch.zeros(1)}}, other)
     with tiny.at_home(home):
-        with pytest.raises(ValueError, match="not a checkpoint that loads as plain tensors"):
+        with pytest.raises(ValueError, match="bad.ckpt: "):
             load_audioldm(bad)
         with pytest.raises(ValueError, match="does not fit audioldm-s-full"):
             load_audioldm(other, config=tiny.small_config())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -257,3 +260,33 @@ def test_a_refiner_in_training_mode_and_no_refiner_are_refused(refiner: DiffGAPR
         attach("folder", model, method="get_learned_conditioning")  # type: ignore[arg-type]
     with attach(refiner, model, method="sizes"), pytest.raises(TypeError, match="sizes returned list, expected an emb"):
         model.sizes(["rain"])
+
+
+def test_embeddings_of_another_space_of_the_same_width_are_noticed(shared_data: Path) -> None:
+    """Real CLAP embeddings: half of the captions fit a refiner, the others condition, as they are and rotated."""
+    table = np.load(shared_data / "real_clap" / "audiocaps_dev.npz", allow_pickle=False)
+    text, ids = torch.from_numpy(table["text"]), torch.from_numpy(table["text_id"])
+    audio, audio_ids = torch.from_numpy(table["audio"]), torch.from_numpy(table["audio_id"])
+    half = len(text) // 2
+    refiner = DiffGAPRefiner.measure(
+        {"text": text[:half], "audio": audio}, {"text": ids[:half], "audio": audio_ids}, width=8, depth=0
+    )
+    g = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(512, 512, generator=g)).Q
+    own = Conditioner(refiner, strength=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(half, len(text) - 8):
+            own(text[i : i + 8])
+            own.reset()
+    foreign = Conditioner(refiner, strength=0)
+    message = r"mean cosine of -?0.0\d to the text centroid .* 0.4\d is expected: was it trained with another encoder"
+    for row in (text[half:] @ rotation)[:7].split(1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            foreign(row)
+    with pytest.warns(UserWarning, match=message):
+        foreign(text[-1:] @ rotation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        foreign(text[half:] @ rotation)  # said once

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffgap_lightning.encoders.weights import read_weights
 from diffgap_lightning.integrations.conditioner import Conditioner
 from diffgap_lightning.integrations.seam import Seam, class_names, override
 
@@ -122,7 +123,6 @@ def load_audioldm(
     model_name: str = "audioldm-s-full",
     device: str | torch.device = "cpu",
     config: dict[str, Any] | None = None,
-    trust_pickle: bool = False,
 ) -> Any:
     """Build the package's `LatentDiffusion` from a local checkpoint, as its own `build_model` would on older versions.
 
@@ -131,32 +131,23 @@ def load_audioldm(
         model_name: Which of the package's models it is.
         device: Where to put it.
         config: The package's configuration instead of that of `model_name`.
-        trust_pickle: Read the file by unpickling, which runs code that it may hold: only for files that you trust.
 
     Returns:
         The model in evaluation mode, conditioned on text.
 
     Raises:
         ModuleNotFoundError: without the package; the message names the extra.
-        ValueError: a file that does not fit the model, or a text tokenizer without a vocabulary.
+        FileNotFoundError: no such file.
+        ValueError: a file that holds more than tensors or does not fit the model, or a tokenizer without a vocabulary.
     """
     try:
         from audioldm import LatentDiffusion
         from audioldm.utils import default_audioldm_config
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("audioldm: not installed; pip install 'diffgap-lightning[audioldm]'") from error
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; expected a checkpoint file of the audioldm package")
+    state = read_weights(Path(checkpoint))
     params = dict((config or default_audioldm_config(model_name))["model"]["params"])
     params |= {"device": torch.device(device), "cond_stage_key": "text"}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=not trust_pickle)["state_dict"]
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a checkpoint that loads as plain tensors ({str(error).splitlines()[0]}); if you trust where "
-            "it is from, pass trust_pickle=True"
-        ) from error
     model = LatentDiffusion(**params).eval()
     _check_tokenizer(model.cond_stage_model)
     if _POSITION_IDS not in model.state_dict():
@@ -165,7 +156,7 @@ def load_audioldm(
         model.load_state_dict(state)
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: does not fit {model_name} ({detail:.300})") from error
+        raise ValueError(f"{checkpoint}: does not fit {model_name} ({detail:.300})") from error
     model.cond_stage_model.embed_mode = "text"
     return model.to(device)
 

@@ -10,11 +10,16 @@ The noise comes from a generator of its own, so that the audio generator draws w
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+_NARROW_CONE = 0.2  # length of a centroid of unit vectors below which it says little
+_FOREIGN = 0.35  # share of the expected cosine below which embeddings are called foreign
+_ENOUGH = 8  # embeddings after which that is decided; single prompts scatter too much
 
 
 class Refines(Protocol):
@@ -98,6 +103,7 @@ class Conditioner:
     def reset(self) -> None:
         """Begin the noise of `seed` anew; a generator that was given goes on."""
         self._generator = self._given or torch.Generator().manual_seed(self._seed)
+        self._cosines: list[float] = []
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -126,6 +132,7 @@ class Conditioner:
         frames = embedding.shape[1] if embedding.ndim == 3 else None
         single = frames == 1 or (self.per_frame and frames is not None)
         rows = embedding.flatten(0, 1) if single else embedding
+        self._look(rows)
         own = candidates if self.per_candidate else 1
         out = self._samples(rows, own)  # (rows, own, ...)
         if single:
@@ -156,6 +163,29 @@ class Conditioner:
         if len(chosen) == len(place):
             return self(embedding)
         return self(embedding[chosen])[[chosen.index(i) for i in place]]
+
+    @torch.no_grad()
+    def _look(self, rows: Tensor) -> None:
+        """Warn, once, where the embeddings cannot be of the space that the refiner was trained in.
+
+        Two encoders of one width pass every other check. But a modality's embeddings lie in a cone about their
+        centroid, and those of another space have no reason to: the mean cosine of the first few tells.
+        """
+        space = getattr(self.refiner, "space", None)
+        if len(self._cosines) >= _ENOUGH or rows.ndim != 2 or self.source not in getattr(space, "modalities", ()):
+            return
+        centroid = space.mean(self.source)  # type: ignore[union-attr]
+        width = float(centroid.norm())
+        if rows.shape[1] != len(centroid) or width < _NARROW_CONE:
+            return
+        self._cosines += (nn.functional.normalize(rows.to(centroid), dim=1) @ centroid / width).tolist()
+        found = sum(self._cosines) / len(self._cosines)
+        if len(self._cosines) >= _ENOUGH and found < _FOREIGN * width:
+            warnings.warn(
+                f"the generator's embeddings have a mean cosine of {found:.2f} to the {self.source} centroid of the "
+                f"refiner's training data, where {width:.2f} is expected: was it trained with another encoder?",
+                stacklevel=2,
+            )
 
     def _samples(self, rows: Tensor, own: int) -> Tensor:
         """`(R, own, ...)`: the means of `num_samples` samples."""
