@@ -96,9 +96,11 @@ def hash_text(text: str) -> int:
 def draw_weights(model: nn.Module, seed: int, gain: float = 2.0) -> None:
     """Draw every matrix at `gain` times the scale that keeps the variance, vectors near their usual values."""
     generator = torch.Generator().manual_seed(seed)
-    frozen = {id(p) for name, p in model.named_parameters() if "extractor" in name or name.endswith("logit_scale")}
     for name, parameter in model.named_parameters():
-        if id(parameter) in frozen or parameter.ndim == 0 or "logit_scale" in name:
+        if "extractor" in name:  # the Fourier transform
+            continue
+        if parameter.ndim == 0:
+            parameter.fill_(2.66)  # log(1 / 0.07), of a temperature
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
