@@ -36,9 +36,15 @@ def write(folder: Path, names: list[str], seed: int, sample_rate: int = 16000, s
 @pytest.fixture(scope="module")
 def extractors() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
+    panns = PannsCnn14(16000, (4, 4, 8, 8, 16, 32), classes=11).eval()
+    panns.bn0.running_mean.fill_(-30)  # decibels
+    panns.bn0.running_var.fill_(100)
+    for parameter in panns.parameters():  # classes that differ from clip to clip
+        parameter.data.mul_(2.5 if parameter.ndim == 4 else 1)
+    panns.fc_audioset.weight.data.mul_(300)
     return {
         "vggish": VGGish(channels=(2, 2, 4, 4, 4, 4), hidden=16, dim=5).eval(),
-        "panns": PannsCnn14(16000, (2, 2, 4, 4, 4, 6), classes=11).eval(),
+        "panns": panns,
         "encoder": EncoderFeatures(HashingEncoder()),
     }
 
@@ -157,15 +163,21 @@ def test_unusable_clips_are_named_and_counted_against_the_budget(extractors, tmp
 
 def test_mismatched_pairs_are_named(extractors, tmp_path) -> None:
     names = [f"a/{i:02d}" for i in range(22)]
-    generated = write(tmp_path / "generated", [*names, "extra"], 1, seconds=1.0)
+    generated = write(tmp_path / "generated", ["a/-extra", *names], 1, seconds=1.0)
     reference = write(tmp_path / "reference", [*names, "other"], 2, seconds=1.0)
     panns = [extractors["panns"]]
-    with pytest.raises(ValueError, match=r"kl: 2 of 24 clips have no partner .*generated/extra.*reference/other"):
+    with pytest.raises(ValueError, match=r"kl: 2 of 24 clips have no partner .*generated/a/-extra.*reference/other"):
         evaluate_folders(generated, reference, panns, metrics=["kl"])
-    assert "generated/extra" in evaluate_folders(generated, reference, panns).skipped["kl"]
+    assert "generated/a/-extra" in evaluate_folders(generated, reference, panns).skipped["kl"]
     (kl,) = evaluate_folders(generated, reference, panns, metrics=["kl"], error_budget=0.1).records
     assert kl["n_generated"] == 22
-    assert "generated/extra" in kl["note"]
+    sides = [extract(ClipFolder.open(f), panns[0]) for f in (generated, reference)]
+    left, right = ({k: row for k, row in zip(s.keys, s.features.logits, strict=True)} for s in sides)
+    one_by_one = [kl_divergences(left[k][None], right[k][None]).item() for k in names]
+    shifted = [kl_divergences(left[a][None], right[b][None]).item() for a, b in zip(names, names[1:], strict=False)]
+    assert kl["value"] == pytest.approx(np.mean(one_by_one), rel=1e-3)
+    assert kl["value"] != pytest.approx(np.mean(shifted), rel=1e-2)
+    assert "generated/a/-extra" in kl["note"]
     with pytest.raises(ValueError, match=r"clap: 23 of 23 clips have no caption: .*a/00"):
         evaluate_folders(generated, None, [extractors["encoder"]], metrics=["clap"], captions={"zz": ["x"]})
 
