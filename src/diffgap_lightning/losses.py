@@ -43,12 +43,12 @@ def denoising_loss(estimate: Tensor, x0: Tensor, log_snr: Tensor, weighting: Wei
     """Weighted squared error per coordinate, averaged over the batch.
 
     Args:
-        estimate: `(B, R)` estimates of x0.
-        x0: `(B, R)`.
+        estimate: `(B, R)`, or `(B, T, R)` of sequences: estimates of x0.
+        x0: Of the same shape.
         log_snr: `(B,)`.
         weighting: See `snr_weight`.
     """
-    return (snr_weight(log_snr, weighting) * (estimate - x0).square().mean(dim=1)).mean()
+    return (snr_weight(log_snr, weighting) * (estimate - x0).square().flatten(1).mean(dim=1)).mean()
 
 
 def contrastive_loss(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.functional.pairs import frame_rows, pair_indices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,12 +67,13 @@ class SpaceView:
         target: str,
         seed: int,
     ) -> SpaceView:
-        """Refine all rows of a table with anything that has `refine`."""
+        """Refine all rows of a table with anything that has `refine`; the frames of sequences are drawn as rows."""
         generator = torch.Generator().manual_seed(seed)
         before, after = embeddings[source], embeddings[target]
         refined = refiner.refine(before, source=source, target=target, generator=generator)
-        x, y, z = (rows.detach().float().cpu() for rows in (before, after, refined))
-        return cls(source, target, x, y, z, pair_indices(ids[source].cpu(), ids[target].cpu()))
+        x, y, z = (rows.detach().float().cpu().flatten(0, -2) for rows in (before, after, refined))
+        own = frame_rows({source: before, target: after}, {m: ids[m].cpu() for m in (source, target)})[1]
+        return cls(source, target, x, y, z, pair_indices(own[source], own[target]))
 
     def figures(self, refined: bool) -> dict[str, float]:
         """`cosine` of the positive pairs and `distance` between the two centroids, before or after refinement."""

@@ -43,13 +43,14 @@ from diffgap_lightning.closed_forms import HUB_BRIDGE, ClosedForms, fit_closed_f
 from diffgap_lightning.denoiser import MLPDenoiser
 from diffgap_lightning.diffusion.samplers import sample_named
 from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
-from diffgap_lightning.functional.checks import check_embeddings
-from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.functional.checks import check_embeddings, frames_as_rows
+from diffgap_lightning.functional.pairs import frame_rows, pair_indices
 from diffgap_lightning.functional.precision import full_float32
 from diffgap_lightning.fusion import PSEUDO_QUERIES, ScoredGallery, fit_weights, fit_weights_over, fuse
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
+from diffgap_lightning.sequence_denoiser import SequenceDenoiser
 from diffgap_lightning.space import EmbeddingSpace, Rank
 from diffgap_lightning.together import refine_together
 
@@ -97,9 +98,12 @@ class DiffGAPRefiner(nn.Module):
         self.hubs = nn.ModuleDict({direction_name(*pair): hub for pair, hub in (hubs or {}).items()})
         self.cdm = nn.ModuleDict()
         for source, target in config.directions:
-            network = MLPDenoiser(
-                config.ranks[target], config.ranks[source], config.width, config.depth, dropout=config.dropout
-            )
+            sizes, dropout = (config.ranks[target], config.ranks[source]), config.dropout
+            network: MLPDenoiser | SequenceDenoiser
+            if config.frames:
+                network = SequenceDenoiser(*sizes, config.frames, config.width, config.depth, dropout)
+            else:
+                network = MLPDenoiser(*sizes, config.width, config.depth, dropout=dropout)
             schedule = NoiseSchedule(config.schedule)
             closed_form = closed_forms[source, target]
             self.cdm[direction_name(source, target)] = ContrastiveDiffusion(
@@ -124,12 +128,14 @@ class DiffGAPRefiner(nn.Module):
         restore and how to weigh the score components; no row is given up for it.
 
         Args:
-            embeddings: Modality to training rows `(N, D)` of unit norm.
+            embeddings: Modality to training rows `(N, D)` of unit norm, or to sequences `(N, T, D)` of unit frames: the
+                refiner then takes sequences of T frames, and frame t of one modality is the pair of frame t.
             ids: Modality to `(N,)`; equal ids are positive pairs.
             pairs: (source, target) pairs; default: text to audio where both are there, otherwise all.
             rank: See `EmbeddingSpace.fit`.
             max_pairs: A fixed random subset of so many positive pairs is fitted on.
             few_pairs: Up to so many, the posterior means may be kernel regressions, and the folds are used; 0: never.
+                Of sequences never.
             **choices: Other fields of `RefinerConfig`.
 
         Raises:
@@ -140,6 +146,8 @@ class DiffGAPRefiner(nn.Module):
         missing = sorted({m for p in pairs for m in p} - set(wanted))
         if missing:
             raise ValueError(f"pairs: got {missing[0]}, but the data has only {', '.join(embeddings)}")
+        wanted, ids, choices["frames"] = frame_rows(wanted, ids, max_pairs)
+        few_pairs = 0 if choices["frames"] else few_pairs  # leaving out one frame of a clip is no new clip
         space = EmbeddingSpace.fit(wanted, rank)
         config = RefinerConfig(tuple(pairs), space.dims, space.ranks, **choices)
         same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
@@ -147,7 +155,7 @@ class DiffGAPRefiner(nn.Module):
         closed = fit_closed_forms(space, wanted, ids, config.pairs, bridges, max_pairs, few_pairs)
         refiner = cls._of(config, space, closed)
         restore = {
-            d: _restoring(refiner.start_energy(wanted[d[0]][:4096], source=d[0], target=d[1]))
+            d: _restoring(refiner.start_energy(refiner._whole(wanted[d[0]], 4096), source=d[0], target=d[1]))
             for d in config.directions
         }
         refiner.config = replace(refiner.config, restore={_name(d): r for d, r in restore.items()})
@@ -225,11 +233,13 @@ class DiffGAPRefiner(nn.Module):
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
         present: Mapping[str, Tensor] | None = None,
+        per_frame: bool = False,
     ) -> Tensor:
         """Carry embeddings of one modality, or of several at once, to where the other modality's lie.
 
         Args:
-            embedding: `(B, D)`, or source modality to `(B, D)` or None; it is not changed.
+            embedding: `(B, D)`, or source modality to `(B, D)` or None; `(B, T, D)` where the refiner was trained on
+                sequences of T frames or `per_frame` is set. It is not changed.
             source: Its modality; not with several.
             target: The modality to move to.
             num_steps: Sampler steps, from 1; default: the refiner's.
@@ -242,10 +252,11 @@ class DiffGAPRefiner(nn.Module):
             sampler: `"dpmpp_2m"`, `"ddim"` or `"ddpm"`.
             generator: Source of the noise; on its own device or the embedding's.
             present: With several sources, source to `(B,)` bool: which rows have it. See `together.py`.
+            per_frame: Refine every frame of sequences as an embedding of its own.
 
         Returns:
             `(B, D_target)`, or `(B, num_samples, D_target)` for more than one sample, of unit norm, in the dtype and on
-            the device of `embedding`.
+            the device of `embedding`; of sequences `(B, T, D_target)` or `(B, num_samples, T, D_target)`.
 
         Raises:
             ValueError: unusable rows, a direction that was not trained, options out of range.
@@ -259,6 +270,8 @@ class DiffGAPRefiner(nn.Module):
                 raise ValueError(
                     f"source: got {source!r} beside several sources, expected none: the mapping names them"
                 )
+            if self.config.frames or per_frame:
+                raise ValueError("sequences: got several sources, expected one; refine from each alone")
             return refine_together(
                 self, embedding, target=target, present=present, num_samples=num_samples, num_steps=num_steps,
                 strength=strength, guidance_scale=guidance_scale, start=start, sampler=sampler, generator=generator,
@@ -268,22 +281,25 @@ class DiffGAPRefiner(nn.Module):
                 f"source={source!r}, present={present!r}: `source` belongs to one tensor, `present` to several"
             )
         cdm, config = self.cdm_of(source, target), self.config
-        rows = self._rows(embedding, source)
+        rows = self._rows(embedding, source, per_frame)
         if start is None:
             start = config.start if strength is None else "source"
         strength = config.strength if strength is None else strength
         times = sampling_times(config.num_steps if num_steps is None else num_steps, strength, rows.device)
-        offset = self._start(rows, source, target, start).repeat_interleave(num_samples, 0)
+        offset = self._whole(self._start(rows, source, target, start)).repeat_interleave(num_samples, 0)
         if strength > 0:
-            condition = self.space.encode(rows, source).repeat_interleave(num_samples, 0)
+            condition = self._whole(self.space.encode(rows, source)).repeat_interleave(num_samples, 0)
             denoise = cdm.denoiser(condition, 1.0 if guidance_scale is None else guidance_scale)
             z = self.space.coordinates(offset, target)
             noisy = cdm.schedule.add_noise(z, _randn_like(z, generator), times[:1].expand(len(z)))
             clean = sample_named(sampler or config.sampler, denoise, noisy, cdm.schedule, times, generator)
             # What lies outside the basis is not diffused: it stays what the start has there.
             offset = offset + self.space.offset(clean - z, target)
-        out = nn.functional.normalize(self.space.mean(target) + offset, dim=1).to(embedding.device, embedding.dtype)
-        return out if num_samples == 1 else out.unflatten(0, (-1, num_samples))
+        out = nn.functional.normalize(self.space.mean(target) + offset, dim=-1).to(embedding.device, embedding.dtype)
+        out = out if num_samples == 1 else out.unflatten(0, (-1, num_samples))
+        if per_frame:
+            out = out.unflatten(0, embedding.shape[:2])
+        return out.transpose(1, 2) if per_frame and num_samples > 1 else out
 
     def refine_with_grad(self, embedding: Tensor, *, source: str, target: str, **options: Any) -> Tensor:
         """`refine` with the same options, but gradients reach the networks and `embedding`; for joint training.
@@ -298,7 +314,8 @@ class DiffGAPRefiner(nn.Module):
     def score(self, query: Tensor, gallery: Tensor, *, source: str, target: str) -> Tensor:
         """Fused similarity `(Q, G)` float32 of queries `(Q, D)` of modality `source` to a gallery of modality `target`.
 
-        No query is conditioned on its own candidate: every row is looked at alone.
+        No query is conditioned on its own candidate: every row is looked at alone. Sequences `(Q, T, D)` and
+        `(G, T, D)` are compared by the mean of their frames' features.
         """
         features = [
             self.score_features(rows, modality=modality, source=source, target=target)
@@ -320,7 +337,7 @@ class DiffGAPRefiner(nn.Module):
         """Features of every score component, unweighted; see the module's docstring.
 
         Args:
-            embedding: `(N, D)` rows of one of the pair's modalities.
+            embedding: `(N, D)` rows of one of the pair's modalities, or `(N, T, D)` sequences.
             modality: Which.
             pair: As in the configuration.
 
@@ -328,6 +345,8 @@ class DiffGAPRefiner(nn.Module):
             Component to `(N, F_k)`: the bridges by name, `"hub"`, `"forward"` and `"backward"`.
         """
         source, target = pair
+        rows = self._rows(embedding, modality)
+        embedding = embedding.flatten(0, -2)
         found = {
             name: bridge.score_features(embedding, modality=modality, source=source, target=target)
             for name, bridge in self.bridges.items()
@@ -337,18 +356,19 @@ class DiffGAPRefiner(nn.Module):
             bridge = self.bridges[HUB_BRIDGE]
             features = bridge.score_features(embedding, modality=modality, source=source, target=target)  # type: ignore[operator]
             found["hub"] = self.hubs[direction_name(*pair)](features, modality == source)
-        own = self.space.encode(self._rows(embedding, modality), modality)
+        own = self.space.encode(rows, modality)
         other = target if modality == source else source
-        produced = self.cdm_of(modality, other).posterior_mean(own)
+        produced = self.cdm_of(modality, other).posterior_mean(self._whole(own)).flatten(0, -2)
         forward, backward = (produced, own) if modality == source else (own, produced)
         unit, device = nn.functional.normalize, embedding.device
-        return found | {"forward": unit(forward, dim=1).to(device), "backward": unit(backward, dim=1).to(device)}
+        found |= {"forward": unit(forward, dim=1).to(device), "backward": unit(backward, dim=1).to(device)}
+        return {name: self._whole(x).mean(1) for name, x in found.items()} if self.config.frames else found
 
     @torch.no_grad()
     def start_energy(self, embedding: Tensor, *, source: str, target: str) -> Tensor:
         """Mean square of each row's unrestored start in the target's coordinates, `(N,)`; 1 on average on the data."""
         offset = self._blend(self._rows(embedding, source), source, target)
-        return self.space.coordinates(offset, target).square().mean(1)
+        return self._whole(self.space.coordinates(offset, target).square()).flatten(1).mean(1)
 
     def calibrate(self, embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
         """Fit the fusion weights and the restoring factors on rows that were not trained on.
@@ -479,12 +499,19 @@ class DiffGAPRefiner(nn.Module):
             raise ValueError(f"source={source!r}, target={target!r}: this refiner knows {known}")
         return self.cdm[direction_name(source, target)]  # type: ignore[return-value]
 
-    def _rows(self, embedding: Tensor, modality: str) -> Tensor:
-        """Checked rows `(B, D)` of unit norm, float32, where the refiner is."""
+    def _rows(self, embedding: Tensor, modality: str, per_frame: bool = False) -> Tensor:
+        """Checked rows `(B, D)` of unit norm, float32, where the refiner is; of sequences their frames `(B T, D)`."""
         if modality not in self.config.dims:
             raise ValueError(f"modality: got {modality!r}, expected one of {', '.join(self.config.dims)}")
+        embedding = frames_as_rows(embedding, modality, self.config.frames, per_frame)
         check_embeddings(embedding, modality, dim=self.config.dims[modality])
         return nn.functional.normalize(embedding.to(self.space.mean(modality).device, torch.float32), dim=1)
+
+    def _whole(self, rows: Tensor, most: int | None = None) -> Tensor:
+        """Frames `(B T, ...)` as sequences `(B, T, ...)`, if the refiner takes sequences; of at most so many rows."""
+        frames = self.config.frames
+        rows = rows if most is None else rows[: most - most % max(frames, 1)]
+        return rows.unflatten(0, (-1, frames)) if frames else rows
 
     def _start(self, rows: Tensor, source: str, target: str, start: Start) -> Tensor:
         """Offset from the target's centroid `(B, D_t)` at which refining starts."""
@@ -497,8 +524,8 @@ class DiffGAPRefiner(nn.Module):
 
     def _blend(self, rows: Tensor, source: str, target: str) -> Tensor:
         """Posterior mean and, where the dimensions are equal, centred source: an offset `(B, D_t)`."""
-        mean = self.cdm_of(source, target).posterior_mean(self.space.encode(rows, source))
-        offset = self.space.offset(mean, target)
+        mean = self.cdm_of(source, target).posterior_mean(self._whole(self.space.encode(rows, source)))
+        offset = self.space.offset(mean.flatten(0, -2), target)
         if self.config.dims[source] != self.config.dims[target]:
             return offset
         blend = self.config.blend

@@ -43,6 +43,7 @@ class RefinerConfig:
         fusion_queries: How many training queries stand behind them.
         bridges: What the bridges are, by name.
         encoder: Fingerprint of the encoder whose space this is, if known.
+        frames: T of sequences `(B, T, D)` that are refined as wholes; 0 for embeddings `(B, D)`.
     """
 
     pairs: tuple[Direction, ...]
@@ -64,6 +65,7 @@ class RefinerConfig:
     fusion_queries: dict[str, float] = field(default_factory=dict)
     bridges: dict[str, dict[str, Any]] = field(default_factory=dict)
     encoder: str | None = None
+    frames: int = 0
 
     def __post_init__(self) -> None:
         """Check the pairs against the modalities, the numbers and the names of choices."""
@@ -82,7 +84,7 @@ class RefinerConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(allowed))}")
 
     def _check_numbers(self) -> None:
-        for name, least in (("width", 1), ("depth", 0), ("num_steps", 1)):
+        for name, least in (("width", 1), ("depth", 0), ("num_steps", 1), ("frames", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number from {least}")

@@ -47,6 +47,12 @@ class Layout:
     @classmethod
     def of_table(cls, table: EmbeddingTable, dtype: np.dtype, aligned: bool) -> Layout:
         """The layout of a table's rows."""
+        for modality, rows in table.embeddings.items():
+            if rows.ndim != 2:
+                raise ValueError(
+                    f"{modality}: got shape {tuple(rows.shape)}, but shards hold embeddings (N, D); train on sequences "
+                    "from a table in memory (EmbeddingDataModule)"
+                )
         fields = {n: np.dtype((c.dtype, c.shape[1:])) for n, c in table.columns.items() if c.dtype.kind != "U"}
         texts = tuple(name for name in table.columns if name not in fields)
         return cls(table.dims, dtype, aligned, tuple(m for m in table.modalities if m in table.names), fields, texts)

@@ -1,8 +1,9 @@
 """An embedding table: rows of several modalities and the ids that say which of them belong together.
 
-In a file, `<modality>` is (N, D) floating, `<modality>_id` is (N,) integers or strings, any `<modality>_<column>`
-(N, ...) is carried along (folds, captions, names), and `encoder` may name the model that made the rows. Rows of two
-modalities are a positive pair where their ids are equal; several rows with one id are normal. Other fields are ignored.
+In a file, `<modality>` is (N, D) floating, or (N, T, D) for sequences of T frames, `<modality>_id` is (N,) integers or
+strings, any `<modality>_<column>` (N, ...) is carried along (folds, captions, names), and `encoder` may name the model
+that made the rows. Rows of two modalities are a positive pair where their ids are equal; several rows with one id are
+normal. Other fields are ignored.
 
     rows that are NaN, zero or not of unit norm    refused
     a modality that shares no id with any other    refused, unless `require_pairs=False`
@@ -34,7 +35,7 @@ class EmbeddingTable:
     """Embeddings, ids and columns of several modalities, all in memory.
 
     Attributes:
-        embeddings: Modality -> `(N_m, D_m)` float32 unit rows.
+        embeddings: Modality -> `(N_m, D_m)` float32 unit rows, or `(N_m, T, D_m)` sequences of unit frames.
         ids: Modality -> `(N_m,)` int64; equal ids across modalities are positive pairs.
         names: Modality -> `(N_m,)` original ids, where they were strings.
         columns: `"<modality>_<column>"` -> `(N_m, ...)`, e.g. `"audio_fold"`, `"text_caption"`.
@@ -81,7 +82,7 @@ class EmbeddingTable:
     @property
     def dims(self) -> dict[str, int]:
         """Modality -> embedding dimension."""
-        return {modality: rows.shape[1] for modality, rows in self.embeddings.items()}
+        return {modality: rows.shape[-1] for modality, rows in self.embeddings.items()}
 
     def paired(self) -> dict[str, Tensor]:
         """Modality -> `(N_m,)` bool: the row's id occurs in at least one other modality."""
@@ -124,7 +125,7 @@ class EmbeddingTable:
             ValueError: NaN, zero or non-unit rows, an empty modality, or no pairs.
         """
         for modality, rows in self.embeddings.items():
-            check_embeddings(rows, f"{where}: {modality}", unit=True)
+            check_embeddings(rows.flatten(0, -2), f"{where}: {modality}", unit=True)
         if require_pairs:
             _check_pairs(self, where)
         return self

@@ -26,7 +26,7 @@ def find_modalities(path: Path, arrays: Mapping[str, Array], wanted: Sequence[st
     """The fields that have ids beside them, or those of them that are wanted."""
     found = [name for name in arrays if f"{name}_id" in arrays]
     for name, array in arrays.items():
-        if name not in found and array.ndim == 2 and owner_of(name, found) is None:
+        if name not in found and array.ndim in (2, 3) and owner_of(name, found) is None:
             raise ValueError(f"{path}: {name}: no {name}_id beside it; add (N,) ids: equal ids are positive pairs")
         if name.endswith("_id") and name.removesuffix("_id") not in found and owner_of(name, found) is None:
             raise ValueError(f"{path}: {name}: no {name.removesuffix('_id')} beside it; add its (N, D) rows")
@@ -38,20 +38,22 @@ def find_modalities(path: Path, arrays: Mapping[str, Array], wanted: Sequence[st
 
 
 def to_rows(name: str, array: Array, dim: int | None, normalize: bool) -> Tensor:
-    """Checked `(N, D)` float32 unit rows."""
+    """Checked `(N, D)` float32 unit rows, or `(N, T, D)` sequences of unit frames."""
     if isinstance(array, np.ndarray) and array.dtype.kind != "f":
         raise ValueError(f"{name}: got {array.dtype}, expected floating (N, D) rows; convert with .astype('float32')")
     if isinstance(array, np.ndarray) and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
-    rows = check_embeddings(torch.as_tensor(array), name, dim=dim)
+    rows = torch.as_tensor(array)
+    frames = rows.flatten(0, 1) if rows.ndim == 3 else rows
+    check_embeddings(frames, name, dim=dim)
     if not normalize:
         try:
-            check_embeddings(rows, name, unit=True)
+            check_embeddings(frames, name, unit=True)
         except ValueError as error:
             raise ValueError(f"{error}, or read with normalize=True") from error
     half = rows.dtype in (torch.float16, torch.bfloat16)
     rows = rows.float().contiguous()
-    return torch.nn.functional.normalize(rows, dim=1) if half or normalize else rows
+    return torch.nn.functional.normalize(rows, dim=-1) if half or normalize else rows
 
 
 def to_ids(name: str, array: Array, rows: int) -> tuple[Tensor, np.ndarray | None]:

@@ -62,9 +62,9 @@ class NoiseSchedule:
         return value.clamp(max=1 / (1 + math.exp(self.log_snr_min)))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Draw `x_t` given `x0` and `eps`, both `(B, R)`, at times `t` `(B,)`."""
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha[:, None] * x0 + sigma[:, None] * eps
+        """Draw `x_t` given `x0` and `eps`, both `(B, R)` or `(B, T, R)`, at times `t` `(B,)`."""
+        alpha, sigma = (w.view(-1, *[1] * (x0.ndim - 1)) for w in self.alpha_sigma(t))
+        return alpha * x0 + sigma * eps
 
 
 def _linear_log_alpha_bar(t: Tensor) -> Tensor:

@@ -51,6 +51,38 @@ def check_embeddings(x: Tensor, name: str, dim: int | None = None, unit: bool = 
     return x
 
 
+def frames_as_rows(x: Tensor, name: str, frames: int, per_frame: bool = False) -> Tensor:
+    """Rows `(B T, D)` of sequences, or embeddings as they are; either is refused where the other is expected.
+
+    Args:
+        x: `(B, D)`, or `(B, T, D)`; anything else is left to `check_embeddings`.
+        name: It opens the error message.
+        frames: T of the sequences that are taken; 0 for embeddings.
+        per_frame: Take sequences of any length, frame by frame.
+
+    Raises:
+        ValueError: another number of dimensions or frames; the message says what to do.
+    """
+    shape = tuple(getattr(x, "shape", ()))
+    if per_frame and frames:
+        raise ValueError(f"per_frame: this refiner takes sequences of {frames} frames as wholes; leave per_frame out")
+    if per_frame and len(shape) != 3:
+        raise ValueError(f"{name}: got shape {shape}, expected (B, T, D) with per_frame=True")
+    if len(shape) not in (2, 3):
+        return x
+    if frames and (len(shape) != 3 or shape[1] != frames):
+        raise ValueError(
+            f"{name}: got shape {shape}, expected (B, {frames}, D): this refiner was trained on sequences of {frames} "
+            "frames; cut or resample to as many"
+        )
+    if len(shape) == 3 and not frames and not per_frame:
+        raise ValueError(
+            f"{name}: got shape {shape}, a sequence, but this refiner was trained on single embeddings (B, D); "
+            "per_frame=True refines every frame on its own, a refiner trained on sequences refines them as wholes"
+        )
+    return x.flatten(0, 1) if len(shape) == 3 else x
+
+
 def _rows(bad: Tensor) -> str:
     """`3 of 10 rows (first: row 4) have`."""
     index = int(bad.nonzero()[0])

@@ -6,7 +6,7 @@ Several captions of one clip and many clips of one class are both expressed by r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,6 +35,45 @@ def pair_indices(source_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor
     start = torch.cumsum(count, 0) - count
     offset = torch.arange(len(i), device=i.device) - start[i]
     return i, order[lo[i] + offset]
+
+
+def frame_rows(
+    embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor], most: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Sequences as rows: frame t of one modality is the pair of frame t of another where the sequences' ids are equal.
+
+    Args:
+        embeddings: Modality to `(N, T, D)`, or to `(N, D)`, which comes back as it is.
+        ids: Modality to `(N,)`.
+        most: Of longer data a fixed random choice of ids, so that about so many rows are left; None keeps all.
+
+    Returns:
+        Rows `(N T, D)`, ids `(N T,)`, and T; 0 for embeddings.
+
+    Raises:
+        ValueError: modalities of different numbers of frames.
+    """
+    frames = {m: x.shape[1] if x.ndim == 3 else 0 for m, x in embeddings.items()}
+    if len(set(frames.values())) > 1:
+        got = ", ".join(f"{m} {f'of {t} frames' if t else 'without frames'}" for m, t in frames.items())
+        raise ValueError(f"sequences: got {got}; expected as many frames in all: pool or resample them")
+    length = next(iter(frames.values()), 0)
+    if not length:
+        return dict(embeddings), dict(ids), 0
+    every = torch.unique(torch.cat([ids[m].cpu() for m in embeddings]))
+    largest = max(len(x) for x in embeddings.values()) * length
+    if most is not None and largest > most:
+        draw = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+        every = every[draw[: max(2, len(every) * most // largest)]].sort().values
+    rows, own = {}, {}
+    for modality, x in embeddings.items():
+        kept = torch.isin(ids[modality].cpu(), every)
+        number = torch.searchsorted(
+            every, ids[modality].cpu()[kept]
+        )  # ids may be hashes, which leave no room for frames
+        own[modality] = (number[:, None] * length + torch.arange(length)).flatten().to(ids[modality].device)
+        rows[modality] = (x if kept.all() else x[kept.to(x.device)]).flatten(0, 1)
+    return rows, own, length
 
 
 def hash_ids(ids: Iterable[object]) -> Tensor:

@@ -65,7 +65,8 @@ def gallery_measures(refiner: DiffGAPRefiner, gallery: Values) -> dict[str, floa
             measures |= {f"{name}/{k}": v for k, v in retrieval_summary(found).items()}
             refined, truth = gallery[source][f"refined/{target}"], gallery[target]["embedding"]
             i, j = pair_indices(s_ids, t_ids)
-            measures[f"{name}/cosine"] = float((refined[i] * truth[j]).sum(1).mean())
+            measures[f"{name}/cosine"] = float((refined[i] * truth[j]).sum(-1).mean())
+            refined, truth = refined.flatten(0, -2), truth.flatten(0, -2)  # frames of sequences are rows
             measures[f"{name}/centroid_distance"] = float(centroid_distance(refined, truth))
             if min(len(refined), len(truth)) > 2:
                 measures[f"{name}/mmd2"] = float(mmd2(refined[:_MMD_ROWS], truth[:_MMD_ROWS]))

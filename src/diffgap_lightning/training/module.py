@@ -5,9 +5,10 @@ starts, the same on all ranks. Training then improves the networks, each batch s
 Validation ranks the full gallery with the fused score, whose weights are fitted there, and measures the gap; the best
 refiner is what `callbacks.SaveRefiner` writes.
 
-A batch is `{modality: (B, D), "<modality>_id": (B,)}`; in evaluation also `"<modality>_row"`. Anything that yields such
-batches can train a refiner. Where the datamodule has `rows("train", max_rows=...)` the closed forms are measured on
-these rows, otherwise on those that the training loader yields first.
+A batch is `{modality: (B, D), "<modality>_id": (B,)}`; in evaluation also `"<modality>_row"`. Sequences `(B, T, D)`
+train a refiner of sequences. Anything that yields such batches can train a refiner. Where the datamodule has
+`rows("train", max_rows=...)` the closed forms are measured on these rows, otherwise on those that the training loader
+yields first.
 """
 
 from __future__ import annotations
@@ -352,7 +353,7 @@ def _encode(refiner: DiffGAPRefiner, embedding: Tensor, modality: str) -> Tensor
 
 def _check_same_architecture(built: DiffGAPRefiner, loaded: DiffGAPRefiner) -> None:
     """Refuse to resume a run with another model or other training data than it was started with."""
-    for name in ("pairs", "dims", "ranks", "width", "depth", "prediction", "schedule", "encoder"):
+    for name in ("pairs", "dims", "ranks", "frames", "width", "depth", "prediction", "schedule", "encoder"):
         ours, theirs = getattr(built.config, name), getattr(loaded.config, name)
         if ours != theirs:
             raise ValueError(

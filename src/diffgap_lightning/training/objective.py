@@ -68,10 +68,11 @@ class Objective:
 
         Args:
             cdm: The direction's module.
-            condition: Source coordinates `(B, R_s)`.
-            x0: Their targets' coordinates `(B, R_t)`.
+            condition: Source coordinates `(B, R_s)`, or `(B, T, R_s)` of sequences.
+            x0: Their targets' coordinates `(B, R_t)` or `(B, T, R_t)`.
             ids: `(B,)`.
-            gallery: Coordinates of all targets of the batch, `(G, R_t)`: the contrastive term's candidates.
+            gallery: Coordinates of all targets of the batch, `(G, R_t)` or `(G, T, R_t)`: the contrastive term's
+                candidates; sequences are compared frame by frame.
             gallery_ids: `(G,)`.
             logit_scale: Scalar, log inverse temperature.
             generator: Source of times, noise and condition dropout, on the device of `x0`.
@@ -100,6 +101,8 @@ class Objective:
         loss = torch.as_tensor(mean_part + (1 - first / size) * levels)
         parts = {"loss": loss, "denoising": loss.detach()}
         if self.contrastive_weight > 0 and first > 0:
-            contrast = contrastive_loss(estimate[:first], gallery, ids[:first], gallery_ids, logit_scale)
+            contrast = contrastive_loss(
+                estimate[:first].flatten(1), gallery.flatten(1), ids[:first], gallery_ids, logit_scale
+            )
             parts |= {"loss": loss + self.contrastive_weight * contrast, "contrastive": contrast.detach()}
         return parts
