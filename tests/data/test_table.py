@@ -165,7 +165,7 @@ def put(x: np.ndarray, row: int, value: float) -> np.ndarray:
         (replaced("audio", lambda x: put(x, 1, 0.0)), r"audio: .*row 1\) have zero vectors"),
         (replaced("audio", lambda x: 3 * x), "audio: 4 of 4 rows.*first: 3.*or read with normalize=True"),
         (replaced("audio", lambda x: x[:, 0]), r"audio: got shape \(4,\), expected \(B, D\)"),
-        (replaced("audio", lambda x: np.repeat(x[:, None], 2, 1)), r"audio: got shape \(4, 2, 6\)"),
+        (replaced("audio", lambda x: x[:, None, None]), r"audio: got shape \(4, 1, 1, 6\)"),
         (replaced("audio", lambda x: (100 * x).astype(int)), "audio: got int64, expected floating"),
         (replaced("audio", lambda x: x[:0]), r"audio: got shape \(0, 6\).*empty"),
         (replaced("audio_id", lambda x: x + 100), "audio_id: shares no id with text_id"),

@@ -183,7 +183,7 @@ def test_a_refiner_of_embeddings_refuses_sequences_unless_told(pooled) -> None:
         lambda: pooled.score(x, x, **VA),
         lambda: pooled.start_energy(x, **VA),
     ):
-        with pytest.raises(ValueError, match=r"got shape \(2, 6, 12\), a sequence, .*per_frame=True refines every"):
+        with pytest.raises(ValueError, match=r"got shape \(2, 6, 12\), a sequence; .*per_frame=True refines every"):
             call()
     with pytest.raises(ValueError, match=r"got shape \(2, 12\), expected \(B, T, D\) with per_frame=True"):
         pooled.refine(x[:, 0], **VA, per_frame=True)

@@ -77,7 +77,7 @@ def frames_as_rows(x: Tensor, name: str, frames: int, per_frame: bool = False) -
         )
     if len(shape) == 3 and not frames and not per_frame:
         raise ValueError(
-            f"{name}: got shape {shape}, a sequence, but this refiner was trained on single embeddings (B, D); "
+            f"{name}: got shape {shape}, a sequence; expected (B, D): this refiner was trained on single embeddings. "
             "per_frame=True refines every frame on its own, a refiner trained on sequences refines them as wholes"
         )
     return x.flatten(0, 1) if len(shape) == 3 else x
