@@ -5,8 +5,10 @@ import torch
 from torchmetrics import MetricCollection
 
 from diffgap_lightning.functional import gap
+from diffgap_lightning.functional.frechet import frechet_distance
+from diffgap_lightning.functional.generation import kernel_audio_distance
 from diffgap_lightning.functional.retrieval import retrieval_ranks, retrieval_summary
-from diffgap_lightning.metrics import ModalityGap, PairedRetrieval
+from diffgap_lightning.metrics import GenerationDistance, ModalityGap, PairedRetrieval
 
 AUDIO, TEXT = 12, 30
 Rows = dict[str, torch.Tensor]
@@ -177,3 +179,18 @@ def test_nan_features_are_refused_by_modality(kind) -> None:
 def test_one_modality_is_no_pair() -> None:
     with pytest.raises(ValueError, match="'audio' twice"):
         ModalityGap("audio", "audio")
+
+
+def test_generation_distance_is_that_of_the_functions_whatever_the_batches() -> None:
+    data = rows()
+    metric = GenerationDistance()
+    metric.update(**take(data, range(0, 20), range(5)))
+    metric.update(**take(data, range(15, TEXT), range(3, AUDIO)))  # some rows come twice
+    x, y = (data[f"{side}_features"].double() for side in ("source", "target"))
+    found = metric.compute()
+    assert found["frechet"].item() == pytest.approx(frechet_distance(x, y), rel=1e-5)
+    assert found["kad"].item() == pytest.approx(kernel_audio_distance(x, y), rel=1e-4)
+    one = GenerationDistance()
+    one.update(**take(data, [0], range(AUDIO)))
+    with pytest.raises(ValueError, match="got 1 row"):
+        one.compute()

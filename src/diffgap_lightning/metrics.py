@@ -17,6 +17,8 @@ from torchmetrics import Metric
 
 from diffgap_lightning.functional import gap
 from diffgap_lightning.functional.checks import check_embeddings
+from diffgap_lightning.functional.frechet import frechet_distance
+from diffgap_lightning.functional.generation import kernel_audio_distance
 from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
 from diffgap_lightning.functional.retrieval import retrieval_summary
 
@@ -217,3 +219,28 @@ class ModalityGap(_PairedRows):
             "frechet": gap.frechet_distance(x, y, self.shrinkage),
         }
         return self._tensors({f"{self.source}_to_{self.target}/{name}": v for name, v in figures.items()})
+
+
+class GenerationDistance(_PairedRows):
+    """How far features of generated clips lie from those of real ones, by the conventions of generation metrics.
+
+    `compute()` gives `frechet` (FAD of VGGish's rows, FD of one row a clip) and `kad`, as `functional.frechet` and
+    `functional.generation` define them, in float64. The sides of `update` are `source`, the generated rows, and
+    `target`, the reference's; their ids play no part, their row numbers tell repeated rows.
+
+    Args:
+        bandwidth: sigma of KAD's kernel; None: the median distance of two reference rows.
+    """
+
+    def __init__(self, bandwidth: float | None = None) -> None:
+        super().__init__("generated", "reference")
+        self.bandwidth = bandwidth
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures over all rows of all ranks.
+
+        Raises:
+            ValueError: fewer than two rows on a side, or rows that `check_embeddings` refuses.
+        """
+        x, y = self.collected("source")[0].double(), self.collected("target")[0].double()
+        return self._tensors({"frechet": frechet_distance(x, y), "kad": kernel_audio_distance(x, y, self.bandwidth)})

@@ -56,7 +56,7 @@ def test_the_table_and_the_records(files: Path, capsys) -> None:
         ([], "no network to measure with; give local files (--extractor vggish=FILE, vggish-10086976.pth of"),
         (["--extractor", "vgish=x"], "--extractor: unknown 'vgish'; did you mean 'vggish'?"),
         (["--extractor", "panns"], "expected panns=FILE, a local copy of Cnn14_mAP=0.431.pth"),
-        (["--extractor", "panns=none.pth"], "none.pth: no such weight file"),
+        (["--extractor", "panns=none.pth"], "none.pth: no such file"),
         (["--encoder.seed", "3"], "--encoder.seed: give --encoder NAME with it"),
         (["--encoder", "hashing", "--metrics", "kl"], "kl: needs a classifier such as PANNs"),
         (["--encoder", "hashing", "--device", "tpu9"], "--device: got 'tpu9'"),

@@ -103,7 +103,7 @@ def test_a_file_is_loaded_with_its_own_widths(tiny: VGGish, tmp_path: Path, suff
 def test_wrong_files_are_refused_by_name(tiny: VGGish, tmp_path: Path) -> None:
     state = tiny.state_dict()
     path = tmp_path / "w.pth"
-    with pytest.raises(FileNotFoundError, match=r"w\.pth: no such weight file"):
+    with pytest.raises(FileNotFoundError, match=r"w\.pth: no such file"):
         VGGish.from_file(path)
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"w\.pth"):
@@ -128,6 +128,6 @@ class Payload:
 
 def test_a_file_that_would_run_code_is_refused(tiny: VGGish, tmp_path: Path, capsys) -> None:
     torch.save(tiny.state_dict() | {"extra": Payload()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth: holds more than tensors and would run code"):
+    with pytest.raises(ValueError, match=r"w\.pth: holds more than tensors .*would run code"):
         VGGish.from_file(tmp_path / "w.pth")
     assert "executed" not in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Weight files without code, and the digest that identifies weights.
 
 A `.safetensors` file holds tensors alone. A `.pt` file is a pickle; it is read with PyTorch's restricted unpickler,
-which builds tensors and plain containers and refuses everything else. NumPy scalars are let through, because training
-scripts store their best metric as one and they are data too.
+which builds tensors and plain containers and refuses everything else. NumPy numbers and arrays are let through, because
+training scripts store their best metric and their sampler's order as such, and they are data too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUMPY_1 = "numpy.core.multiarray"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file by name; of a training checkpoint, those under `state_dict`.
+    """Tensors of a weight file by name; of a training checkpoint, those under `state_dict` or `model`.
 
     Args:
         path: `.safetensors`, or whatever `torch.save` wrote.
@@ -42,7 +42,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
     content = _load(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    state = content
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            state = content[key]
+            break
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds no state_dict of tensors, got {type(state).__name__}")
     return without_prefix(state)
@@ -57,7 +61,7 @@ def without_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict
 
 def _load(path: Path) -> Any:
     try:
-        with _numpy_scalars_allowed():
+        with _numpy_allowed():
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # written before the zip format, which alone can be mapped
@@ -72,15 +76,17 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path}: not a readable PyTorch file ({_first_sentence(error)}); copy it again") from error
 
 
-def _numpy_scalars_allowed() -> AbstractContextManager[Any]:
-    """Let the restricted unpickler build NumPy numbers, which NumPy 1 and 2 pickle under two names."""
+def _numpy_allowed() -> AbstractContextManager[Any]:
+    """Let the restricted unpickler build NumPy numbers and arrays, which NumPy 1 and 2 pickle under two names."""
     if not hasattr(torch.serialization, "safe_globals"):  # before PyTorch 2.5
         return nullcontext()
     newer = int(np.__version__.split(".")[0]) >= 2
-    scalar = import_module("numpy._core.multiarray" if newer else _NUMPY_1).scalar
-    allowed = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
+    multiarray = import_module("numpy._core.multiarray" if newer else _NUMPY_1)
+    functions = [multiarray.scalar, multiarray._reconstruct]
+    kinds = ("f4", "f8", "i4", "i8", "u4", "u8", "?")
+    allowed = [*functions, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
     if newer:
-        allowed.append((scalar, f"{_NUMPY_1}.scalar"))
+        allowed += [(function, f"{_NUMPY_1}.{function.__name__}") for function in functions]
     return torch.serialization.safe_globals(allowed)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad, relu
 
 from diffgap_lightning.data.media import need
+from diffgap_lightning.encoders.weights import read_weights
 
-from .classifier_weights import file_sha256, fill, need_key, read_state
+from .classifier_weights import file_sha256, fill, need_key
 from .features import FeatureExtractor, Features
 
 MIN_SAMPLES = 32000
@@ -75,7 +76,7 @@ class PannsCnn14(FeatureExtractor):
         Raises:
             FileNotFoundError, ValueError: no such file, or not one of Cnn14.
         """
-        state = read_state(path)
+        state = read_weights(Path(path))
         bands = need_key(state, "logmel_extractor.melW", 2, path, cls.__name__)
         if bands.shape[0] not in _RATES:
             raise ValueError(f"{path}: mel bands of shape {tuple(bands.shape)}, expected 129, 257 or 513 rows")

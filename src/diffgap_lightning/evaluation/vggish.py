@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .classifier_weights import file_sha256, fill, need_key, read_state
+from diffgap_lightning.encoders.weights import read_weights
+
+from .classifier_weights import file_sha256, fill, need_key
 from .features import FeatureExtractor, Features
 
 SAMPLE_RATE = 16000
@@ -74,7 +76,7 @@ class VGGish(FeatureExtractor):
         Raises:
             FileNotFoundError, ValueError: no such file, or not one of VGGish.
         """
-        state = read_state(path)
+        state = read_weights(Path(path))
         channels = [need_key(state, f"features.{i}.weight", 4, path, cls.__name__).shape[0] for i in _CONV]
         last = need_key(state, "embeddings.4.weight", 2, path, cls.__name__)
         network = cls(channels, hidden=last.shape[1], dim=last.shape[0])
