@@ -1,8 +1,9 @@
 """Video decoding: frames at a given rate, as uint8 RGB.
 
-The frame of time t is the one on screen then: the last one whose timestamp is at most t. At `fps` frames a second a
-window [s, s + l) gives round(l fps) frames at s + k / fps, whatever the file's own rate (frames are dropped or
-repeated, never blended). Decoding starts at the keyframe before the window and keeps only what it returns.
+The frame of time t is the one on screen then: the last one whose timestamp is at most t. At `fps` frames a second and
+phase p a window [s, s + l) gives round(l fps) frames at s + (k + p) / fps, whatever the file's own rate (frames are
+dropped or repeated, never blended). p = 0 is the beginning of each interval; ffmpeg's filter `fps` takes its middle.
+Decoding starts at the keyframe before the window and keeps only what it returns.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def video_windows(
     hop: float | None = None,
     *,
     first_only: bool = False,
+    phase: float = 0.0,
     short_side: int | None = None,
     limits: MediaLimits | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
@@ -38,6 +40,7 @@ def video_windows(
         window: In s; None gives one window over the whole clip (bounded by `limits`).
         hop: In s; `window` by default.
         first_only: Stop after the first window.
+        phase: Of the frames in their intervals, in [0, 1).
         short_side: Reduce frames so that their shorter side has this many pixels; smaller frames stay as they are.
         limits: What one file may cost.
 
@@ -50,7 +53,7 @@ def video_windows(
     """
     limits = limits or MediaLimits()
     media.check(limits)
-    reader = _FrameReader(media, fps, short_side, limits)
+    reader = _FrameReader(media, fps, phase, short_side, limits)
     try:
         yield from iter_windows(reader, media, limits, window, hop, first_only)
     finally:
@@ -60,10 +63,12 @@ def video_windows(
 class _FrameReader:
     """PyAV: the first video stream of a container."""
 
-    def __init__(self, media: Media, fps: float, short_side: int | None, limits: MediaLimits) -> None:
+    def __init__(self, media: Media, fps: float, phase: float, short_side: int | None, limits: MediaLimits) -> None:
         if not fps > 0:
             raise ValueError(f"fps: got {fps}, expected a positive number")
-        self._fps = fps
+        if not 0 <= phase < 1:
+            raise ValueError(f"phase: got {phase}, expected at least 0 and less than 1")
+        self._fps, self._phase = fps, phase
         self._container = open_container(media)
         try:
             if not self._container.streams.video:
@@ -78,9 +83,9 @@ class _FrameReader:
             raise
 
     def read(self, start: float, length: float) -> Tensor:
-        """`(T, 3, H, W)` uint8: the frames on screen at start + k / fps, T = round(length x fps), at least 1."""
+        """`(T, 3, H, W)` uint8: frames on screen at start + (k + phase) / fps, T = round(length x fps), at least 1."""
         count = max(1, round(length * self._fps))
-        times = [start + k / self._fps + _TOLERANCE for k in range(count)]
+        times = [start + (k + self._phase) / self._fps + _TOLERANCE for k in range(count)]
         chosen: list[np.ndarray] = []
         shown: Any = None
         try:

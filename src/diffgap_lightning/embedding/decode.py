@@ -104,7 +104,8 @@ class ClipDecoder:
             for package in _PACKAGES.get(modality, ()):
                 need(package)
         self.settings = settings
-        self._sample_rate, self._fps, self._frame_size = encoder.sample_rate, encoder.fps, encoder.frame_size
+        self._sample_rate, self._fps = encoder.sample_rate, encoder.fps
+        self._frames: dict[str, Any] = {"phase": encoder.frame_phase, "short_side": encoder.frame_size}
         self._transforms = {m: encoder.transform(m) for m in settings.modalities}
 
     def __call__(self, clip: Clip) -> DecodedClip | Skip:
@@ -139,8 +140,7 @@ class ClipDecoder:
             windows = audio_windows(media, self._sample_rate, settings.window, settings.hop, **cut)
         else:
             assert self._fps is not None
-            cut["short_side"] = self._frame_size
-            windows = video_windows(media, self._fps, settings.window, settings.hop, **cut)
+            windows = video_windows(media, self._fps, settings.window, settings.hop, **cut, **self._frames)
         transform = self._transforms[modality]
         return [(start, item if transform is None else transform(item)) for start, item in windows]
 

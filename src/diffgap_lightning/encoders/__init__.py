@@ -15,6 +15,7 @@ SHORT_NAMES: dict[str, str] = {
     "laion-clap": "diffgap_lightning.encoders.laion_clap.LaionClapEncoder",
     "transformers-clap": "diffgap_lightning.encoders.transformers_clap.TransformersClapEncoder",
     "open-clip": "diffgap_lightning.encoders.open_clip.OpenClipEncoder",
+    "cavp": "diffgap_lightning.encoders.cavp.CavpEncoder",
 }
 
 __all__ = ["SHORT_NAMES", "ContrastiveEncoder", "encoder_class"]

@@ -28,6 +28,7 @@ class ContrastiveEncoder(nn.Module):
         sample_rate: Of the mono waveforms that `embed_audio` takes, in Hz; None without audio.
         fps: Frames a second of the video that `embed_video` takes; None without video.
         window: The length of media that it was made for, in seconds; None if any length will do.
+        frame_phase: Where in its interval of 1 / fps each frame is taken: 0 at the beginning, 0.5 in the middle.
         frame_size: The shorter side to which frames may be reduced at decoding, in pixels; None keeps the size.
         requires: The package that it is built on and the extra that installs it; None without one.
     """
@@ -38,6 +39,7 @@ class ContrastiveEncoder(nn.Module):
     sample_rate: int | None = None
     fps: float | None = None
     window: float | None = None
+    frame_phase: float = 0.0
     frame_size: int | None = None
     requires: tuple[str, str] | None = None
 
