@@ -71,6 +71,7 @@ def test_refusals() -> None:
 
 def test_names() -> None:
     assert encoder_class("hashing") is HashingEncoder
+    assert encoder_class("laion_clap") is encoder_class("laion-clap")
     assert encoder_class("diffgap_lightning.encoders.hashing.HashingEncoder") is HashingEncoder
     with pytest.raises(ValueError, match="not a short name"):
         encoder_class("hasing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import sys
@@ -169,6 +170,33 @@ def test_refusals(tiny_encoder: Encoder, model_files: Files, tmp_path: Path) -> 
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks open_clip_model.safetensors"):
         OpenClipEncoder(str(folder))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch executed",)
+
+
+def test_files_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_files: Files) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.pt").touch()
+    torch.save({"x": Evil()}, "evil.pt")
+    for file, words in (("empty.pt", "ViT-S-32: cannot be loaded"), ("evil.pt", "ViT-S-32: holds more than tensors")):
+        with pytest.raises(ValueError, match=words):
+            OpenClipEncoder("ViT-S-32", file)
+    assert not Path("executed").exists()
+    folder = shutil.copytree(model_files("open-clip"), tmp_path / "cut")
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded.*copy them again"):
+        OpenClipEncoder(str(folder))
+
+
+def test_a_text_tower_of_the_hub_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    (tmp_path / "w.pt").touch()
+    with pytest.raises(FileNotFoundError, match="text tower needs roberta-base in the hub cache; run `hf download"):
+        OpenClipEncoder("roberta-ViT-B-32", str(tmp_path / "w.pt"))
 
 
 def test_autocast_runs(tiny_encoder: Encoder) -> None:

@@ -164,6 +164,16 @@ def test_the_broken_tokenizer_and_other_models_are_caught(model_files: Files, tm
         TransformersClapEncoder(str(folder))
 
 
+def test_truncated_weights_are_one_error(model_files: Files, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(model_files("clap"), tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be loaded.*copy them again"):
+        TransformersClapEncoder(str(folder))
+
+
 def test_autocast_runs(tiny_encoder: Encoder, make_noise: Callable[..., torch.Tensor]) -> None:
     for name in ("clap", "clap-fusion"):
         encoder, items = tiny_encoder(name), [make_noise(13.0), make_noise(1.0, seed=1)]

@@ -25,12 +25,12 @@ def encoder_class(name: str) -> type:
     """The class behind a short name or a class path.
 
     Args:
-        name: A key of `SHORT_NAMES`, or `package.module.Class`.
+        name: A key of `SHORT_NAMES` (with `-` or `_`), or `package.module.Class`.
 
     Raises:
         ValueError: no such short name, module or class; the message lists the short names.
     """
-    path = SHORT_NAMES.get(name, name)
+    path = SHORT_NAMES.get(name.replace("_", "-"), name)
     module_name, _, class_name = path.rpartition(".")
     if not module_name:
         raise ValueError(f"encoder {name!r}: not a short name ({', '.join(SHORT_NAMES)}) and not a class path")

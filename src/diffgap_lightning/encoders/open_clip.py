@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from .base import ContrastiveEncoder, Transform
 from .checks import check_at_load
-from .hub import ALLOW, cached_file, check_reachable, local_folder
+from .hub import ALLOW, cached_file, check_reachable, how_to_fetch, local_folder
 from .optional import need
 from .texts import check_texts
 from .waveforms import item_means
-from .weights import weights_digest
+from .weights import loading, weights_digest
 
 EXTRA = "open-clip"
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -77,9 +77,12 @@ class OpenClipEncoder(ContrastiveEncoder):
         with offline_unless(download):
             name, source, file = find_model(open_clip, model, pretrained, weights, download)
             # The tag's entry decides the preprocessing; its weights are the file found above.
-            with mock.patch.object(open_clip.factory, "download_pretrained", return_value=str(file)):
-                self.model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=source)
-            self.tokenizer: Any = open_clip.get_tokenizer(name)
+            with mock.patch.object(open_clip.factory, "download_pretrained", return_value=str(file)), loading(name):
+                try:
+                    self.model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=source)
+                    self.tokenizer: Any = open_clip.get_tokenizer(name)
+                except OSError as error:
+                    raise FileNotFoundError(_text_tower_missing(open_clip, name)) from error
         self._digest = weights_digest(self.model.state_dict())
         self._settings = _settings_digest(open_clip.get_model_preprocess_cfg(self.model))
         geometry, mean, std, size = split_preprocess(preprocess, self.model)
@@ -276,6 +279,15 @@ def offline_unless(download: bool) -> Iterator[None]:
     hub: Any = need("huggingface_hub", EXTRA)
     with mock.patch.object(hub.constants, "HF_HUB_OFFLINE", hub.constants.HF_HUB_OFFLINE or not download):
         yield
+
+
+def _text_tower_missing(open_clip: Any, model: str) -> str:
+    """The message for a model whose text tower is configured on the hub."""
+    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    names = dict.fromkeys(text[key] for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key))
+    return f"{model}: its text tower needs {' and '.join(names) or 'files'} in the hub cache; " + "; ".join(
+        how_to_fetch(name) for name in names
+    )
 
 
 def _is_token_table(name: str, module: nn.Module) -> bool:

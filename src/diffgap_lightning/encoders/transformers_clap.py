@@ -21,7 +21,7 @@ from .optional import need
 from .precision import InFloat32
 from .texts import check_texts
 from .waveforms import FitWaveform, LongAudio, fused_mel, item_means, log_mel
-from .weights import weights_digest
+from .weights import loading, weights_digest
 
 EXTRA = "transformers"
 _FILES = (
@@ -81,7 +81,8 @@ class TransformersClapEncoder(ContrastiveEncoder):
         check_vocabulary(len(self.tokenizer), config.text_config.vocab_size, str(folder))
         # Without the keyword a newer version would take half precision where the file has it.
         safe = True if safetensors_only or not any((folder / name).is_file() for name in _PICKLES) else None
-        self.model = transformers.ClapModel.from_pretrained(str(folder), use_safetensors=safe).float()
+        with loading(str(folder)):
+            self.model = transformers.ClapModel.from_pretrained(str(folder), use_safetensors=safe).float()
         self._digest = weights_digest(self.model.state_dict())
         self.fusion: bool = config.audio_config.enable_fusion
         self.dim, self._max_tokens = config.projection_dim, config.text_config.max_position_embeddings - 2

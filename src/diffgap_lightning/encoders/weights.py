@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds no state_dict of tensors, got {type(state).__name__}")
     return without_prefix(state)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what a package raises over a model's files into one error.
+
+    Raises:
+        ValueError: the files are damaged, of another model, or would run code.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{name}: holds more than tensors ({_first_sentence(error)}); get it as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"{name}: cannot be loaded ({_first_sentence(error) or type(error).__name__}); its files are damaged or of "
+            "another model: copy them again"
+        ) from error
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
