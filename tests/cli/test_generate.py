@@ -189,3 +189,41 @@ def test_the_page_of_real_videos_plays_in_a_browser(
     assert all(width > 300 for width in page.evaluate(WIDTHS))
     assert page.evaluate("document.querySelector('h2').textContent") == '1a <b>dog</b> & "cat"'
     assert page.evaluate(SWITCH) == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "x"], "--refiner DIR is needed"),
+        (["--refiner", "x"], "required: --model"),
+        (["--model", "x", "--refiner", "x", "--port", "99999"], "from 1 to 65535"),
+        (["--model", "x", "--refiner", "x", "--share"], "unrecognized arguments: --share"),
+    ],
+)
+def test_mistakes_of_the_demo_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_demo_says_where_it_is_and_ends_with_ctrl_c(
+    generator_folder: Path, sound_refiner: DiffGAPRefiner, tmp_path: Path
+) -> None:
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    sound_refiner.save_pretrained(tmp_path / "refiner")
+    arguments = [sys.executable, "-m", "diffgap_lightning.cli.main", "demo", "--model", str(generator_folder)]
+    arguments += ["--refiner", str(tmp_path / "refiner"), "--device", "cpu"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=LIMIT)
+    assert line.startswith("demo: http://127.0.0.1:"), error
+    assert process.returncode == 0
+    assert "Traceback" not in error

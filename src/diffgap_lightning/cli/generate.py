@@ -89,9 +89,8 @@ def add_sound_arguments(parser: argparse.ArgumentParser) -> None:
 def run(argv: list[str]) -> int:
     """Run the command; see `cli.main` for the convention."""
     own, encoders = split_encoders(argv)
-    for name in ENCODERS:
-        if any(a.split("=")[0] == "--encoder.help" for a in encoders[name]):
-            return print_encoder_help([a.replace(f"--{name}", "--encoder", 1) for a in own], "diffgap generate")
+    if (status := encoder_help(own, encoders, "diffgap generate")) is not None:
+        return status
     options = build_parser().parse_intermixed_args(own)
     settings = sound_settings(options)
 
@@ -143,6 +142,15 @@ def split_encoders(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     own, encoder = split_encoder_arguments(argv)
     own, scorer = split_encoder_arguments(own, "--scorer.")
     return own, {"encoder": encoder, "scorer": [a.replace("--scorer.", "--encoder.", 1) for a in scorer]}
+
+
+def encoder_help(own: list[str], encoders: dict[str, list[str]], prog: str) -> int | None:
+    """Answer `--encoder.help` and `--scorer.help`; None if neither is there."""
+    for name in ENCODERS:
+        if any(a.split("=")[0] == "--encoder.help" for a in encoders[name]):
+            other = "--encoder" if name == "scorer" else "--scorer"
+            return print_encoder_help([a.replace(f"--{name}", "--encoder", 1) for a in own if a != other], prog)
+    return None
 
 
 def sound_settings(options: argparse.Namespace) -> GenerationSettings:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("diffgap_lightning.cli.evaluate:run", "measure generated clips: FAD, FD, KAD, KL, IS, CLAP score"),
     "encoders": ("diffgap_lightning.cli.encoders:run", "list the encoders, and check that one is what it claims to be"),
     "generate": ("diffgap_lightning.cli.generate:run", "texts and videos into sound, with and without the refiner"),
+    "demo": ("diffgap_lightning.cli.demo:run", "the same in a browser on this machine, one prompt or video at a time"),
     "shards": ("diffgap_lightning.cli.shards:run", "pack embeddings into shards for streaming, and look after them"),
 }
 

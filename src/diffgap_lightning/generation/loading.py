@@ -20,7 +20,7 @@ from diffgap_lightning.encoders.hub import local_folder
 from diffgap_lightning.encoders.optional import need
 from diffgap_lightning.integrations.generator import PIPELINES, DiffusersGenerator, EmbeddingGenerator
 
-Backend = Literal["diffusers"]
+Backend = Literal["diffusers", "audioldm"]
 _INDEX = "model_index.json"
 _PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 
@@ -54,6 +54,12 @@ def load_generator(
     kind = _dtype(dtype, place)
     if backend not in get_args(Backend):
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
+    if backend == "audioldm":
+        from diffgap_lightning.integrations.audioldm_generator import load_audioldm_generator
+
+        if revision or download:
+            raise ValueError("audioldm: takes a checkpoint file, no revision and no download")
+        return load_audioldm_generator(model, place)
     return _load_diffusers(model, revision, download, place, kind)
 
 

@@ -127,6 +127,7 @@ class Renderer:
     ) -> None:
         self.generator, self.refiner, self.settings = generator, refiner, settings or GenerationSettings()
         self.scorer, self.batch_size = scorer, batch_size
+        self._rest = {"video_encoder": video_encoder, "scorer": scorer, "batch_size": batch_size, "limits": limits}
         self.video: VideoToAudioPipeline | None = None
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
@@ -141,6 +142,10 @@ class Renderer:
                 video_encoder, refiner, generator,
                 window=self.settings.window, crossfade=self.settings.crossfade, limits=limits,
             )  # fmt: skip
+
+    def with_settings(self, settings: GenerationSettings) -> Renderer:
+        """The same models with other settings."""
+        return Renderer(self.generator, self.refiner, settings, **self._rest)  # type: ignore[arg-type]
 
     @property
     def refines_text(self) -> bool:
