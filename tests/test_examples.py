@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from diffgap_lightning.refiner import DiffGAPRefiner
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -41,3 +44,15 @@ def test_compare_bridges(tmp_path: Path) -> None:
     assert "text to audio: 60 queries, 60 candidates" in out
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["method"] for r in found] == ["raw", "centre", "ridge", "optimum"] * 2
+
+
+def test_video_to_audio(
+    tmp_path: Path, make_video: Callable[..., Path], generator_folder: Path, sound_refiner: DiffGAPRefiner
+) -> None:
+    video = make_video(tmp_path / "clip.mp4", seconds=1.5, fps=10)
+    sound_refiner.save_pretrained(tmp_path / "refiner")
+    models = ["--refiner", str(tmp_path / "refiner"), "--model", str(generator_folder)]
+    rest = ["--encoder", "hashing", "--dim", "24", "--steps", "2", "--out", "out.mp4"]
+    out = run("video_to_audio.py", str(video), *models, *rest, folder=tmp_path)
+    assert "out.mp4: 1.50 s of sound in 4 windows" in out
+    assert (tmp_path / "out.mp4").is_file()
