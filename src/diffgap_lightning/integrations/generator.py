@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-PIPELINES = ("AudioLDMPipeline", "MusicLDMPipeline", "AudioLDM2Pipeline")
+PIPELINES = ("AudioLDMPipeline", "MusicLDMPipeline")
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class DiffusersGenerator:
 
     def __init__(self, pipeline: Any, name: str | None = None) -> None:
         kind = type(pipeline).__name__
-        if kind not in ("AudioLDMPipeline", "MusicLDMPipeline"):
+        if kind not in PIPELINES:
             raise ValueError(f"got a {kind}, expected an AudioLDMPipeline or a MusicLDMPipeline of diffusers")
         self.pipeline = pipeline
         self.name = name or str(getattr(pipeline.config, "_name_or_path", "") or kind)
