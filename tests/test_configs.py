@@ -13,6 +13,7 @@ from diffgap_lightning.cli.main import main
 
 pytestmark = pytest.mark.slow
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+OVERLAYS = sorted((Path(__file__).resolve().parents[1] / "configs" / "ablation").glob("*.yaml"))
 SMALL = {"SyntheticDataModule": {"num_pairs": 300, "num_val": 50, "num_test": 50, "batch_size": 64}}
 
 
@@ -71,3 +72,24 @@ def test_a_config_trains_at_a_tiny_size(path: Path, tmp_path: Path, table: Path)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "refiner", "checkpoints", "plots", "lightning_logs"} <= names
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_an_ablation_changes_the_module_and_nothing_else(path: Path) -> None:
+    from diffgap_lightning.refiner_config import RefinerConfig
+    from diffgap_lightning.training.module import DiffGAPModule
+
+    overlay = yaml.safe_load(path.read_text())
+    assert set(overlay) == {"model"}
+    assert f"configs/ablation/{path.name}" in path.read_text()
+    module = DiffGAPModule(**overlay["model"])
+    RefinerConfig((("text", "audio"),), {"text": 4, "audio": 4}, {"text": 2, "audio": 2}, **module.choices)
+
+
+def test_an_ablation_lies_over_a_config(capsys) -> None:
+    path = next(p for p in OVERLAYS if p.stem == "regression_joint")
+    quickstart = next(p for p in CONFIGS if p.stem == "quickstart")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(quickstart), "--config", str(path), "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert (model["objective"], model["split"], model["width"]) == ("regression", "joint", 256)
