@@ -8,6 +8,7 @@ from collections.abc import Callable
 from diffgap_lightning.bridges.base import Bridge
 from diffgap_lightning.bridges.cca import CCABridge
 from diffgap_lightning.bridges.maps import ProcrustesBridge, RestoredRidgeBridge, RidgeBridge
+from diffgap_lightning.bridges.mixture import MixtureBridge
 from diffgap_lightning.bridges.mlp import MLPBridge
 from diffgap_lightning.bridges.shift import CentreBridge, IdentityBridge
 from diffgap_lightning.checkpoint import checkpoint_kind
@@ -18,6 +19,7 @@ __all__ = [
     "CentreBridge",
     "IdentityBridge",
     "MLPBridge",
+    "MixtureBridge",
     "ProcrustesBridge",
     "RestoredRidgeBridge",
     "RidgeBridge",
@@ -34,6 +36,7 @@ _KINDS: dict[str, type[Bridge]] = {
         RestoredRidgeBridge,
         ProcrustesBridge,
         CCABridge,
+        MixtureBridge,
         MLPBridge,
     )
 }

@@ -95,12 +95,16 @@ class PairedRows:
         Returns:
             (held out, the rest)
         """
+        held = self.held_mask(share, max_units, seed)
+        return (self.of(held), self.of(~held)) if held.any() else (None, self)
+
+    def held_mask(self, share: float, max_units: int, seed: int = 0) -> Tensor:
+        """The pairs `(P,)` that `split` holds out; none where there is nothing to hold out."""
         units = self.units()
         order = _shuffled(units, seed)
         if share == 0 or len(order) < 2:
-            return None, self
-        held = torch.isin(units, order[: min(max_units, max(1, int(share * len(order))))])
-        return self.of(held), self.of(~held)
+            return torch.zeros_like(units, dtype=torch.bool)
+        return torch.isin(units, order[: min(max_units, max(1, int(share * len(order))))])
 
     def of(self, pairs: Tensor) -> PairedRows:
         """Some of the pairs, by a mask `(P,)`, and the rows that are in them."""
