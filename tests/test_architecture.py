@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "plotting": BASE,
     "bridges": BASE | {"space", "losses", "gaussian"},
     "hubness": BASE,
-    "closed_forms": BASE | {"space", "gaussian", "bridges", "hubness"},
+    "mixture_denoiser": BASE | {"gaussian", "bridges", "space"},
+    "closed_forms": BASE | {"space", "gaussian", "mixture_denoiser", "bridges", "hubness"},
     "cdm": BASE | {"diffusion", "denoiser", "sequence_denoiser", "gaussian", "space"},
     "fusion": BASE,
     "refiner_config": BASE | {"diffusion", "space"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
     "refiner": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"}
-    | {"closed_forms", "hubness", "together", "sequence_denoiser"},
+    | {"closed_forms", "hubness", "mixture_denoiser", "together", "sequence_denoiser"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

@@ -1,7 +1,8 @@
 """Everything in a refiner that is fitted without training, from the rows of a data set and the coordinates given.
 
     bridges      closed-form maps between modalities, components of the fused score
-    denoisers    the Gaussian denoiser of each direction; of few pairs its mean may be a kernel regression
+    denoisers    the Gaussian denoiser of each direction; of few pairs its mean may be a kernel regression, of many it
+                 is that of a mixture of concepts where one was found
     hubs         banks of training rows for the hub correction of each pair
 
 `held_out` deals the rows of a pair into folds, so that all of this can be fitted on some and looked at on the others:
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffgap_lightning.bridges import Bridge
+from diffgap_lightning.bridges import Bridge, MixtureBridge
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
+from diffgap_lightning.mixture_denoiser import MixtureDenoiser
 from diffgap_lightning.space import EmbeddingSpace
 
 Direction = tuple[str, str]
@@ -62,18 +64,21 @@ def fit_closed_forms(
     directions = [d for s, t in pairs for d in ((s, t), (t, s))]
     fitted = {name: bridge.fit(embeddings, ids, directions) for name, bridge in bridges.items()}
     coordinates = {m: space.encode(x, m) for m, x in embeddings.items() if any(m in p for p in pairs)}
-    denoisers = {}
+    denoisers: dict[Direction, GaussianDenoiser] = {}
+    mixture = fitted.get("mixture")
     for source, target in directions:
         i, j = some_pairs(ids[source], ids[target], max_pairs, f"{source} and {target}")
+        condition, x0 = coordinates[source][i], coordinates[target][j]
+        if isinstance(mixture, MixtureBridge) and mixture.num_components(source, target) > 1:
+            denoisers[source, target] = MixtureDenoiser.of(mixture, space, source, target, condition, x0)
+            continue
         penalty = None if known is None else known.denoisers[source, target].penalty
         few = len(i) <= few_pairs if known is None else penalty is not None
         guess = None
         if few and space.dims[source] == space.dims[target]:
             guess = space.basis(source).T @ space.basis(target) * space.scale(source) / space.scale(target)
         units = _units(ids[source], i, j)
-        denoisers[source, target] = GaussianDenoiser.fit(
-            coordinates[source][i], coordinates[target][j], guess, units, penalty
-        )
+        denoisers[source, target] = GaussianDenoiser.fit(condition, x0, guess, units, penalty)
     hubs = {}
     if HUB_BRIDGE in fitted:
         for s, t in pairs:

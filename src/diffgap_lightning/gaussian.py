@@ -84,11 +84,15 @@ class GaussianDenoiser(nn.Module):
         self.penalty = penalty
         for name, value in (("weight", weight), ("anchors", anchors), ("dual", dual)):
             getattr(self, name).copy_(value)
+        self.measure(residual, target)
+        return self
+
+    def measure(self, residual: Tensor, target: Tensor) -> None:
+        """Take the covariances of residuals and of targets, both `(P, R_t)`."""
         for i, rows in enumerate((residual, target)):
             variance, basis = torch.linalg.eigh(_shrunk_covariance(rows))
             self.variance[i].copy_(variance.clamp(min=1e-6))
             self.basis[i].copy_(basis)
-        return self
 
     def mean(self, condition: Tensor, keep: Tensor | None = None) -> Tensor:
         """The prediction `(B, R_t)`; zero where `keep` `(B,)` is False."""

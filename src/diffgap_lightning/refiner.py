@@ -33,6 +33,7 @@ from diffgap_lightning.bridges import (
     Bridge,
     CCABridge,
     CentreBridge,
+    MixtureBridge,
     ProcrustesBridge,
     RestoredRidgeBridge,
     RidgeBridge,
@@ -49,6 +50,7 @@ from diffgap_lightning.functional.precision import full_float32
 from diffgap_lightning.fusion import PSEUDO_QUERIES, ScoredGallery, fit_weights, fit_weights_over, fuse
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
+from diffgap_lightning.mixture_denoiser import MixtureDenoiser
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
 from diffgap_lightning.sequence_denoiser import SequenceDenoiser
 from diffgap_lightning.space import EmbeddingSpace, Rank
@@ -61,11 +63,12 @@ _BRIDGES: dict[str, type[Bridge]] = {
     "restored": RestoredRidgeBridge,
     "procrustes": ProcrustesBridge,
     "cca": CCABridge,
+    "mixture": MixtureBridge,
 }
 # Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
 # correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest.
 _NO_BRIDGE = ("forward", "backward", "hub")
-_PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "forward": 0.2, "backward": 0.2}
+_PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "mixture": 0.05, "forward": 0.2, "backward": 0.2}
 _FEW_PRIOR_WEIGHTS = {"forward": 1.0, "backward": 1.0, "centre": 1.0, "hub": 1.5}
 _NUM_FOLDS = 5
 _BLEND = 0.3  # of the centred source with a linear posterior mean
@@ -151,7 +154,9 @@ class DiffGAPRefiner(nn.Module):
         space = EmbeddingSpace.fit(wanted, rank)
         config = RefinerConfig(tuple(pairs), space.dims, space.ranks, **choices)
         same = all(config.dims[s] == config.dims[t] for s, t in config.pairs)
-        bridges = {name: bridge() for name, bridge in _BRIDGES.items() if same or not bridge.equal_dims}
+        fewest = min(len(x) for x in wanted.values())
+        usable = {n: b for n, b in _BRIDGES.items() if (same or not b.equal_dims) and fewest >= b.least_rows}
+        bridges = {name: bridge() for name, bridge in usable.items()}
         closed = fit_closed_forms(space, wanted, ids, config.pairs, bridges, max_pairs, few_pairs)
         refiner = cls._of(config, space, closed)
         restore = {
@@ -462,10 +467,7 @@ class DiffGAPRefiner(nn.Module):
         except TypeError as error:
             raise ValueError(f"refiner: the configuration does not fit this version ({error})") from error
         dims, ranks = built.dims, built.ranks
-        closed_forms = {
-            (s, t): GaussianDenoiser(ranks[s], ranks[t], _rows_of(tensors, f"cdm.{s}->{t}.closed_form.anchors"))
-            for s, t in built.directions
-        }
+        closed_forms = {d: _empty_closed_form(ranks, d, tensors) for d in built.directions}
         wrong = {direction_name(*d) for d in built.directions} - set(built.restore)
         wrong |= {direction_name(*p) for p in built.pairs} - set(built.fusion) | set(built.bridges) - set(_BRIDGES)
         if wrong:
@@ -530,12 +532,28 @@ class DiffGAPRefiner(nn.Module):
             return offset
         blend = self.config.blend
         if blend is None:
-            blend = _BLEND if len(self.cdm_of(source, target).closed_form.anchors) == 0 else 0.0
+            closed_form = self.cdm_of(source, target).closed_form
+            linear = len(closed_form.anchors) == 0 and not isinstance(closed_form, MixtureDenoiser)
+            blend = _BLEND if linear else 0.0
         return offset if blend == 0 else (1 - blend) * offset + blend * self.space.centre(rows, source)
 
     def _pair(self, source: str, target: str) -> Direction:
         self.cdm_of(source, target)
         return (source, target) if (source, target) in self.config.pairs else (target, source)
+
+
+def _empty_closed_form(
+    ranks: Mapping[str, int], direction: Direction, tensors: Mapping[str, Tensor]
+) -> GaussianDenoiser:
+    """A closed form of the kind and shape that a state holds."""
+    source, target = direction
+    centre = tensors.get(f"cdm.{direction_name(*direction)}.closed_form.centre")
+    if centre is None:
+        anchors = _rows_of(tensors, f"cdm.{direction_name(*direction)}.closed_form.anchors")
+        return GaussianDenoiser(ranks[source], ranks[target], anchors)
+    if centre.ndim != 2:
+        raise ValueError(f"refiner: closed_form.centre has shape {tuple(centre.shape)}, expected a matrix")
+    return MixtureDenoiser(ranks[source], ranks[target], *centre.shape)
 
 
 def _restoring(energy: Tensor) -> float:

@@ -12,6 +12,7 @@ from diffgap_lightning.bridges import (
     CCABridge,
     CentreBridge,
     IdentityBridge,
+    MixtureBridge,
     MLPBridge,
     ProcrustesBridge,
     RestoredRidgeBridge,
@@ -30,6 +31,7 @@ MAKERS = {
     "transport": lambda: RestoredRidgeBridge(restore="transport"),
     "procrustes": ProcrustesBridge,
     "cca": lambda: CCABridge(rank=4, shrinkage=0.1),
+    "mixture": lambda: MixtureBridge(max_components=4),
     "mlp": lambda: MLPBridge(width=8, max_steps=20, batch_size=16),
 }
 MAPS = [name for name in MAKERS if name not in ("raw", "centre")]

@@ -40,6 +40,7 @@ class Bridge(nn.Module):
     """
 
     equal_dims: ClassVar[bool] = False  # only between modalities of one dimension
+    least_rows: ClassVar[int] = 0  # of each modality, for a refiner to use it
     pair_tensors: ClassVar[tuple[str, ...]] = ()  # kept for each unordered pair, as (first, second)
     direction_tensors: ClassVar[tuple[str, ...]] = ()  # kept for each ordered pair of a fitted pair
 

@@ -73,6 +73,14 @@ def ridge(x: Tensor, y: Tensor, penalty: float | Literal["auto"] = "auto") -> Te
     return _narrow((vectors * shrunk) @ projected, x)
 
 
+def ridge_from_moments(xx: Tensor, xy: Tensor, yy: Tensor, number: int) -> Tensor:
+    """As `ridge` with penalty `"auto"`, from the second moments of `number` centred pairs; `(D_x, D_y)` float64."""
+    values, vectors = torch.linalg.eigh(xx)
+    values, projected = values.clamp_min(0), vectors.T @ xy
+    penalty = _gcv_minimum(values, projected, float(yy.trace()), number)
+    return (vectors / (values + penalty).clamp_min(values[-1] * 1e-12)) @ projected
+
+
 def ridge_penalty_gcv(x: Tensor, y: Tensor) -> float:
     """The ridge penalty that minimises the generalised cross-validation score `N RSS / (N - 1 - df)^2`.
 

@@ -1,4 +1,4 @@
-r"""A mixture of Gaussians with one common covariance, fitted by EM: what rows look like that gather around many concepts.
+r"""A mixture of Gaussians with one common covariance, fitted by EM: rows that gather around many concepts.
 
     p(z) = sum_k pi_k N(z; m_k, W)
 
@@ -7,9 +7,9 @@ component's mean cannot know from its n_k rows it takes from all of them (empiri
 means, each mean is the posterior one under m_k ~ N(m, B), so that directions in which the components hardly differ are
 shared. In the basis where W = I and B = diag(b) that is a factor b / (b + 1 / n_k) for each coordinate.
 
-Held-out rows decide how many components there are: powers of four below the most that are allowed are tried, each from
-rows drawn at random and on `rows_each` rows a component, and the best one is finished on all rows. On a few hundred rows
-one Gaussian is usually all that is found.
+Held-out rows decide how many components there are: the most that are allowed, a quarter of them and so on are tried,
+each from rows drawn at random and on `rows_each` rows a component, and the best one is finished on all rows. On a few
+hundred rows one Gaussian is usually all that is found.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class Mixture(NamedTuple):
         """`p(k | z)`, `(N, K)`."""
         return self.joint(z).softmax(1)
 
+    def reordered(self, order: Tensor) -> Mixture:
+        """The mixture of the coordinates in another order `(d,)`."""
+        return Mixture(self.log_weight, self.mean[:, order], self.covariance[order][:, order])
+
     def marginal(self, coordinates: slice) -> Mixture:
         """The mixture of some of the coordinates."""
         return Mixture(self.log_weight, self.mean[:, coordinates], self.covariance[coordinates, coordinates])
@@ -77,9 +81,10 @@ def fit_mixture(
         generator: Of the splits and of the rows that are looked at, on the CPU.
         rows_each: Rows a component on which splits are learned.
         iterations: Of EM after each split.
-        max_rows: Of the last iterations.
+        max_rows: Rows that are used, drawn at random.
     """
-    rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+    chosen = torch.randperm(len(rows), generator=generator)[:max_rows]
+    rows = rows[chosen.to(rows.device)]
     best = _maximise(rows.mean(0, keepdim=True), rows.new_tensor([float(len(rows))]), second_moment(rows), len(rows))
     single, likelihood = best, float(best.log_density(held).mean())
     for number in _sizes(min(max_components, len(rows) // 4)):
@@ -89,7 +94,7 @@ def fit_mixture(
         found = float(mixture.log_density(held).mean())
         if found > likelihood:
             best, likelihood = mixture, found
-    return _iterate(best, rows[:max_rows], 2) if len(best.mean) > 1 else best
+    return _iterate(best, rows, 2) if len(best.mean) > 1 else best
 
 
 def _sizes(most: int) -> list[int]:
