@@ -36,11 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "cdm": BASE | {"diffusion", "denoiser", "sequence_denoiser", "gaussian", "space"},
     "fusion": BASE,
     "refiner_config": BASE | {"diffusion", "space"},
+    "uncertainty": BASE,
+    "novelty": BASE | {"space"},
     "product": BASE | {"diffusion", "cdm"},
     "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
     "refiner": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"}
-    | {"closed_forms", "hubness", "mixture_denoiser", "together", "sequence_denoiser"},
+    | {"closed_forms", "hubness", "mixture_denoiser", "together", "uncertainty", "novelty", "sequence_denoiser"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

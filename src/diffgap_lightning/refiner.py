@@ -51,10 +51,12 @@ from diffgap_lightning.fusion import PSEUDO_QUERIES, ScoredGallery, fit_weights,
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
+from diffgap_lightning.novelty import distances, novelty, typical_distances
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, Sampler, Start, direction_name
 from diffgap_lightning.sequence_denoiser import SequenceDenoiser
 from diffgap_lightning.space import EmbeddingSpace, Rank
 from diffgap_lightning.together import refine_together
+from diffgap_lightning.uncertainty import Uncertainty, uncertainty_of
 
 # The closed forms that the fused score may draw on.
 _BRIDGES: dict[str, type[Bridge]] = {
@@ -167,6 +169,12 @@ class DiffGAPRefiner(nn.Module):
         for pair in config.pairs:
             if len(pair_indices(*(ids[m] for m in pair))[0]) <= few_pairs:
                 refiner._cross_fit(wanted, ids, pair, closed)
+        typical = {}
+        for source, target in config.directions:  # as `novelty` takes the first direction to a modality
+            if target not in typical:
+                count = min(max_pairs, len(pair_indices(ids[source], ids[target])[0]))
+                typical[target] = typical_distances(wanted[target], ids[target], space.ranks[target], count)
+        refiner.config = replace(refiner.config, typical=typical)
         return refiner
 
     @classmethod
@@ -314,6 +322,51 @@ class DiffGAPRefiner(nn.Module):
         return type(self).refine.__wrapped__(  # type: ignore[attr-defined]  # what no_grad decorates
             self, embedding, source=source, target=target, **options
         )
+
+    def uncertainty(
+        self,
+        embedding: Tensor | Mapping[str, Tensor | None],
+        *,
+        source: str | None = None,
+        target: str,
+        num_samples: int = 32,
+        level: float = 0.9,
+        **options: Any,
+    ) -> Uncertainty:
+        """How sure refining is of each row, from samples of the whole posterior; see `uncertainty.py`.
+
+        Args:
+            embedding: As in `refine`, not sequences.
+            source: As in `refine`.
+            target: As in `refine`.
+            num_samples: Samples for each row; each costs as much as refining it once.
+            level: Probability with which the true target's cosine exceeds `lower_cosine`.
+            **options: Others of `refine`, e.g. `generator`.
+        """
+        samples = self.refine(
+            embedding, source=source, target=target, num_samples=num_samples, strength=1.0, start="posterior_mean",
+            **options,
+        )  # fmt: skip
+        if samples.ndim != 3:
+            raise ValueError(
+                f"uncertainty: got {tuple(samples.shape)} from refine, expected embeddings, several samples"
+            )
+        return uncertainty_of(samples, level)
+
+    @torch.no_grad()
+    def novelty(self, embedding: Tensor, *, modality: str) -> Tensor:
+        """How far rows `(N, D)` lie from what this refiner was measured on, `(N,)` float32 on their device.
+
+        Above 1 lies 1 % of genuine rows: refuse or flag what is above. See `novelty.py`.
+        """
+        rows = self._rows(embedding, modality)
+        if modality not in self.config.typical:
+            raise ValueError(f"novelty: this refiner holds no distances of {modality}; measure it anew")
+        other = next(s for s, t in self.directions if t == modality)
+        closed = self.cdm_of(other, modality).closed_form
+        precision = (closed.basis[1] / closed.variance[1]) @ closed.basis[1].T
+        found = novelty(*distances(self.space, modality, precision, rows), self.config.typical[modality])
+        return found.to(embedding.device)
 
     @torch.no_grad()
     def score(self, query: Tensor, gallery: Tensor, *, source: str, target: str) -> Tensor:

@@ -43,6 +43,7 @@ class RefinerConfig:
         fusion_queries: How many training queries stand behind them.
         bridges: What the bridges are, by name.
         encoder: Fingerprint of the encoder whose space this is, if known.
+        typical: Fitted scale of each modality's distances from the training rows; see `novelty.py`.
         frames: T of sequences `(B, T, D)` that are refined as wholes; 0 for embeddings `(B, D)`.
     """
 
@@ -65,6 +66,7 @@ class RefinerConfig:
     fusion_queries: dict[str, float] = field(default_factory=dict)
     bridges: dict[str, dict[str, Any]] = field(default_factory=dict)
     encoder: str | None = None
+    typical: dict[str, list[float]] = field(default_factory=dict)
     frames: int = 0
 
     def __post_init__(self) -> None:
