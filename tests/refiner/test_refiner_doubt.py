@@ -41,9 +41,9 @@ def test_one_in_a_hundred_genuine_rows_is_novel(big, rows) -> None:
 def test_other_modalities_and_noise_are_novel(big, rows) -> None:
     fresh, _ = rows(200, seed=6)
     noise = normalize(torch.randn(200, 16, generator=seeded()), dim=1)
-    assert (big.novelty(fresh["audio"], modality="text") > 1).float().mean() > 0.9
-    # In 16 dimensions, all of them in use, some noise looks like a row.
-    assert (big.novelty(noise, modality="text") > 1).float().mean() > 0.8
+    # In 16 dimensions, all of them in use, a few of the other modality's rows look like this one's.
+    assert (big.novelty(fresh["audio"], modality="text") > 1).float().mean() > 0.8
+    assert (big.novelty(noise, modality="text") > 1).float().mean() > 0.95
 
 
 def test_what_lies_outside_the_basis_is_novel(low_rank, rows) -> None:
