@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,6 +107,20 @@ def test_an_identity_for_each_candidate_changes_only_the_size_of_the_batch(pipe:
     for name in NAMES:  # products of another batch size may round differently
         torch.testing.assert_close(seen.unet[name], expected.unet[name])
         assert torch.equal(seen.unet[name][:8], expected.unet[name][:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_identity_changes_no_bit_in_half_precision(
+    tiny_generators: ModuleType, tmp_path: Path, identity: IdentityBridge, dtype: torch.dtype
+) -> None:
+    for kind in ("audioldm", "audioldm2"):
+        pipe = getattr(tiny_generators, kind)(tmp_path).to(dtype)
+        audios = []
+        for strength in (None, 0.0):
+            torch.manual_seed(3)
+            with nullcontext() if strength is None else attach(identity, pipe, strength=strength):
+                audios.append(pipe(PROMPTS, num_inference_steps=1, audio_length_in_s=0.02, num_waveforms_per_prompt=2))
+        np.testing.assert_array_equal(audios[0].audios, audios[1].audios)
 
 
 @pytest.mark.parametrize("device", DEVICES)
