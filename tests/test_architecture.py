@@ -40,9 +40,14 @@ ALLOWED: dict[str, set[str]] = {
     "novelty": BASE | {"space"},
     "product": BASE | {"diffusion", "cdm"},
     "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
+    "refiner_base": BASE
+    | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"}
+    | {"hubness", "closed_forms", "refiner_config"},
+    "scoring": BASE | {"bridges", "closed_forms", "fusion", "refiner_base", "refiner_config"},
+    "calibration": BASE | {"fusion", "mixture_denoiser", "refiner_config", "scoring"},
+    "measuring": BASE | {"calibration", "closed_forms", "fusion", "novelty", "refiner_config", "space"},
     "refiner": BASE
-    | {"diffusion", "space", "gaussian", "denoiser", "cdm", "fusion", "bridges", "refiner_config"}
-    | {"closed_forms", "hubness", "mixture_denoiser", "together", "uncertainty", "novelty", "sequence_denoiser"},
+    | {"diffusion", "space", "refiner_config", "calibration", "measuring", "together", "uncertainty", "novelty"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

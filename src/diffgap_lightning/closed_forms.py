@@ -17,7 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffgap_lightning.bridges import Bridge, MixtureBridge
+from diffgap_lightning.bridges import (
+    Bridge,
+    CCABridge,
+    CentreBridge,
+    MixtureBridge,
+    ProcrustesBridge,
+    RestoredRidgeBridge,
+    RidgeBridge,
+)
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
@@ -27,7 +35,16 @@ from diffgap_lightning.space import EmbeddingSpace
 Direction = tuple[str, str]
 Rows = Mapping[str, Tensor]
 _CLASS_SIZE = 8  # pairs an id from which on ids are taken for classes, of which new rows will come
-HUB_BRIDGE = "restored"
+# What the fused score may draw on.
+BRIDGES: dict[str, type[Bridge]] = {
+    "centre": CentreBridge,
+    "ridge": RidgeBridge,
+    "restored": RestoredRidgeBridge,
+    "procrustes": ProcrustesBridge,
+    "cca": CCABridge,
+    "mixture": MixtureBridge,
+}
+HUB_BRIDGE = "restored"  # whose features tell how near a candidate is to everything
 
 
 @dataclass(frozen=True)
