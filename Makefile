@@ -52,11 +52,14 @@ quickstart: $(VENV)/.installed ## train on the synthetic world, test, compare wi
 	@echo "          $(RUN)/refiner/               the refiner: DiffGAPRefiner.from_pretrained(\"$(RUN)/refiner\")"
 	@echo "          $(BIN)/tensorboard --logdir $(RUN)"
 
+# One process a core, at most four: a test file stays in one process, whose fixtures it shares.
+PYTEST := python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed-dev ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-fast: $(VENV)/.installed-dev ## without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 test-audioldm: $(VENV)-audioldm/.installed ## the tests that need the audioldm package, in an environment of its own
 	$(VENV)-audioldm/bin/python -m pytest tests/integrations -k audioldm
