@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.encoders.base import unit
-from diffgap_lightning.encoders.checks import check_at_load, run_checks
+from diffgap_lightning.encoders.checks import check_at_load, run_checks, sample_rate
+from diffgap_lightning.encoders.file_rates import rate_cosines
 from diffgap_lightning.encoders.hashing import HashingEncoder
 
 
@@ -106,6 +107,15 @@ def test_nan_fails() -> None:
 
 def test_a_rate_that_is_not_handled_is_found() -> None:
     assert ("audio", "sample rate") in failures(BitsInsteadOfSound(), "audio")
+
+
+@pytest.mark.parametrize("name", ["hashing", "clap", "clap-fusion"])
+def test_samples_taken_at_the_wrong_rate_are_found(name: str, tiny_encoder: Callable[[str], Any]) -> None:
+    decoded, misread = rate_cosines(HashingEncoder() if name == "hashing" else tiny_encoder(name))
+    assert sample_rate(decoded, misread).ok
+    assert not sample_rate(misread, misread).ok
+    for i in range(len(decoded)):  # one rate alone
+        assert not sample_rate(torch.where(torch.arange(len(decoded)) == i, misread, decoded), misread).ok
 
 
 def test_at_load_a_failure_is_an_error_with_advice() -> None:

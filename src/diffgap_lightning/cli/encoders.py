@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace, encoder_arguments: list[str]) -> int:
 
 
 def _row(check: Check) -> str:
-    return f"{'ok' if check.ok else 'FAILED':<7} {check.modality:<6} {check.name:<12} {check.value:<22} {check.limit}"
+    return f"{'ok' if check.ok else 'FAILED':<7} {check.modality:<6} {check.name:<12} {check.value:<32} {check.limit}"
 
 
 def _write(path: str, fingerprint: str, checks: Sequence[Check]) -> None:
