@@ -104,14 +104,15 @@ class RefinerBase(nn.Module):
         """Refuse to be used in another space than the one that was trained in.
 
         Args:
-            encoder: An encoder, its fingerprint, or None where that is not known.
+            encoder: An encoder, its fingerprint, or None where that is not known; of a refiner between two encoders'
+                spaces either of them.
             name: Of this refiner, for the message.
 
         Raises:
             ValueError: both are known and they differ; the message names both.
         """
         given, trained = getattr(encoder, "fingerprint", encoder), self.config.encoder
-        if given is not None and trained is not None and given != trained:
+        if given is not None and trained is not None and given not in (trained, *trained.split(" + ")):
             raise ValueError(
                 f"{name}: was trained in the space of encoder {trained!r}, got {given!r}; "
                 "use that encoder or train a refiner for this one"

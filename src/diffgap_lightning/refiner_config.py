@@ -42,7 +42,8 @@ class RefinerConfig:
         fusion_prior: What `calibrate` holds the weights to: those fitted out of fold on the training rows, or nothing.
         fusion_queries: How many training queries stand behind them.
         bridges: What the bridges are, by name.
-        encoder: Fingerprint of the encoder whose space this is, if known.
+        encoder: Fingerprint of the encoder whose space this is, if known; of a refiner between the spaces of two
+            encoders (video of one, audio of another) both, joined by " + ".
         typical: Fitted scale of each modality's distances from the training rows; see `novelty.py`.
         frames: T of sequences `(B, T, D)` that are refined as wholes; 0 for embeddings `(B, D)`.
     """

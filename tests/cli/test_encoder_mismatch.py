@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from diffgap_lightning.data.shards import write_embedding_shards
 from diffgap_lightning.data.table import EmbeddingTable
 from diffgap_lightning.data.webdataset_module import WebDatasetDataModule
 from diffgap_lightning.encoders.hashing import HashingEncoder
+from diffgap_lightning.integrations import attach
 from diffgap_lightning.refiner import DiffGAPRefiner
 from diffgap_lightning.training.module import DiffGAPModule
 
@@ -129,6 +131,31 @@ def test_compare_refuses_a_refiner_of_another_encoder(
     refused(capsys, "compare", "--config", str(config), "--refiner", str(work / "run" / "refiner"))
 
 
+@pytest.mark.parametrize("flag", ["encoder", "scorer"])
+def test_generate_refuses_another_encoder_before_it_loads_the_generator(
+    flag: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"looked at later")
+    chosen = [f"--{flag}", "hashing", f"--{flag}.dim", "12", f"--{flag}.seed", "1"]
+    inputs = [str(video)] if flag == "encoder" else ["rain"]
+    models = ["--model", str(tmp_path / "none"), "--refiner", str(work / "run" / "refiner"), "--device", "cpu"]
+    error = refused(capsys, "generate", *inputs, *models, *chosen)
+    assert f"--{flag} hashing: {work / 'run' / 'refiner'}: was trained" in error
+
+
+def test_a_refiner_between_two_encoders_spaces_takes_either(work: Path) -> None:
+    refiner = DiffGAPRefiner.from_pretrained(work / "run" / "refiner")
+    refiner.config = replace(refiner.config, encoder=f"{FIRST.fingerprint} + {SECOND.fingerprint}")
+    for encoder in (FIRST, SECOND, refiner.config.encoder):
+        refiner.check_encoder(encoder)
+        attach(refiner, torch.nn.Flatten(), method="forward", encoder=encoder)
+    with pytest.raises(ValueError, match=BOTH):
+        refiner.check_encoder(HashingEncoder(dim=12, seed=2))
+    with pytest.raises(ValueError, match=BOTH):
+        attach(refiner, torch.nn.Flatten(), method="forward", encoder=HashingEncoder(dim=12, seed=2))
+
+
 def test_rows_are_not_relabelled(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in (work / "first.npz", work / "first" / "pairs"):
         refused(capsys, "shards", "pack", str(source), str(tmp_path / "out"), "--encoder", SECOND.fingerprint)
@@ -136,8 +163,6 @@ def test_rows_are_not_relabelled(work: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_refiner_without_a_fingerprint_takes_that_of_the_rows_it_is_trained_on(work: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     refiner = DiffGAPRefiner.from_pretrained(work / "run" / "refiner")
     refiner.config = replace(refiner.config, encoder=None)
     refiner.save_pretrained(tmp_path / "unknown")

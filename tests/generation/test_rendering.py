@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from diffgap_lightning.cli.encoder_arguments import build_encoder
+from diffgap_lightning.data.audio import resample
 from diffgap_lightning.encoders.hashing import HashingEncoder
 from diffgap_lightning.generation.rendering import GenerationSettings, Renderer
 from diffgap_lightning.generation.spectrogram import BANDS, mel_power, spectrogram_pngs
@@ -60,6 +64,29 @@ def test_neither_batch_nor_neighbours_change_an_item(sound_refiner: DiffGAPRefin
         torch.testing.assert_close(a.waveforms[0], b.waveforms[0])
     other = Renderer(Noise(), sound_refiner, GenerationSettings(seed=1)).texts(PROMPTS[1:], KEYS[1:])
     assert not torch.allclose(other[0][0].waveforms[0], alone[0][0].waveforms[0])
+
+
+@pytest.mark.parametrize("name", ["transformers-clap", pytest.param("laion-clap", marks=pytest.mark.slow)])
+def test_real_clap_scorers(name: str, tiny_models: ModuleType, tmp_path: Path) -> None:
+    """As `--scorer` builds them; each score is the cosine of one sound's own embedding and the prompt's."""
+    package = {"laion-clap": "laion_clap", "transformers-clap": "transformers"}[name]
+    if find_spec(package) is None:  # not importorskip: importing laion_clap downloads
+        pytest.skip(f"needs {package}")
+    if name == "laion-clap":
+        checkpoint = tiny_models.laion_checkpoint(tmp_path / "clap.pt")
+        tokenizer = tiny_models.roberta_tokenizer(tmp_path / "tokenizer")
+        arguments = ["--encoder.checkpoint", str(checkpoint), "--encoder.tokenizer", str(tokenizer)]
+    else:
+        arguments = ["--encoder.model", str(tiny_models.transformers_clap(tmp_path / "clap"))]
+    scorer, generator = build_encoder(name, arguments, "diffgap generate").eval(), Noise()
+    generator.dim = scorer.dim
+    settings = GenerationSettings(candidates=2, seconds=0.5)
+    ((sound,),) = Renderer(generator, None, settings, scorer=scorer).texts(PROMPTS[:1], KEYS[:1])
+    text = scorer.embed_text(PROMPTS[:1])
+    resampled = [resample(w, generator.sample_rate, scorer.sample_rate) for w in sound.waveforms]
+    expected = [float(scorer.embed_audio([w])[0] @ text[0]) for w in resampled]
+    assert [scores["clap"] for scores in sound.scores] == pytest.approx(expected, abs=1e-5)
+    assert expected[0] > expected[1]
 
 
 def test_candidates_come_best_first_with_their_scores(sound_refiner: DiffGAPRefiner) -> None:

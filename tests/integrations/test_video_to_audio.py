@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,11 +12,16 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.data.audio import audio_windows
+from diffgap_lightning.data.catalog import Clip
 from diffgap_lightning.data.media import Media, MediaError, MediaLimits
 from diffgap_lightning.data.mux import video_seconds
+from diffgap_lightning.embedding.decode import ClipDecoder, DecodedClip, EmbedSettings
+from diffgap_lightning.encoders.base import ContrastiveEncoder
+from diffgap_lightning.encoders.cavp import CavpEncoder
 from diffgap_lightning.encoders.hashing import HashingEncoder
+from diffgap_lightning.encoders.open_clip import OpenClipEncoder
 from diffgap_lightning.integrations.conditions import RefineOptions
-from diffgap_lightning.integrations.generator import DiffusersGenerator
+from diffgap_lightning.integrations.diffusers_generator import DiffusersGenerator
 from diffgap_lightning.integrations.video_to_audio import VideoToAudioPipeline
 from diffgap_lightning.refiner import DiffGAPRefiner
 
@@ -90,6 +98,38 @@ def test_each_window_is_of_its_own_frames(pipeline: VideoToAudioPipeline, tmp_pa
     assert float((windows.embeddings[0] - windows.embeddings[-1]).norm()) > 0.05
 
 
+@pytest.mark.parametrize("name", ["cavp", "open-clip"])
+def test_real_encoders_embed_a_window_as_they_embed_a_corpus(
+    name: str, tiny_models: ModuleType, tmp_path: Path, make_video: Make
+) -> None:
+    """A refiner is trained on the corpus' rows: phase, size and transform of the frames must be the same here."""
+    encoder: ContrastiveEncoder
+    if name == "cavp":
+        pytest.importorskip("torchaudio", reason="needs the extra cavp")
+        encoder = CavpEncoder(None, width=4, dim=16)
+    else:
+        pytest.importorskip("open_clip", reason="needs the extra open-clip")
+        encoder = OpenClipEncoder(str(tiny_models.open_clip_folder(tmp_path / "model")))
+    media = Media(make_video(tmp_path / "v.mp4", seconds=4.0, fps=10))
+    decode = ClipDecoder(EmbedSettings(modalities=("video",), windows="first", window=encoder.window), encoder)
+    clip = decode(Clip("v", video=media))
+    assert isinstance(clip, DecodedClip)
+    expected = encoder.embed_video(clip.items["video"])
+
+    g = torch.Generator().manual_seed(0)
+    rows = {"video": torch.randn(40, encoder.dim, generator=g), "audio": torch.randn(40, Tones.dim, generator=g)}
+    rows = {m: torch.nn.functional.normalize(x, dim=1) for m, x in rows.items()}
+    ids = dict.fromkeys(rows, torch.arange(40))
+    names = f"{encoder.fingerprint} + some-clap/v1"
+    refiner = DiffGAPRefiner.measure(rows, ids, width=8, depth=0, rank=4, encoder=names)
+    sound = VideoToAudioPipeline(encoder, refiner, Tones(), window=4.0)(media, refine=RefineOptions(strength=0.0))
+    torch.testing.assert_close(sound.embeddings, expected)
+    torch.testing.assert_close(
+        sound.conditions, refiner.refine(expected, source="video", target="audio", strength=0.0, start="posterior_mean")
+    )
+    assert len(sound.waveform) == 4 * 8000
+
+
 def test_a_window_longer_than_the_encoders_is_the_mean_of_its_parts(
     sound_refiner: DiffGAPRefiner, tmp_path: Path, make_video: Make
 ) -> None:
@@ -152,6 +192,11 @@ def test_parts_that_do_not_fit(sound_refiner: DiffGAPRefiner) -> None:
         VideoToAudioPipeline(encoder, sound_refiner, Tones(), crossfade=0.5)
     with pytest.raises(ValueError, match="knows text->audio"):
         VideoToAudioPipeline(encoder, sound_refiner, Tones(), source="image")
+    named = replace(sound_refiner.config, encoder=HashingEncoder(dim=24, seed=1).fingerprint)
+    other = copy(sound_refiner)
+    other.config = named
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{named.encoder})(?=.*{encoder.fingerprint})"):
+        VideoToAudioPipeline(encoder, other, Tones())
     encoder.modalities = ("audio", "text")
     with pytest.raises(ValueError, match="expected an encoder of video"):
         VideoToAudioPipeline(encoder, sound_refiner, Tones())

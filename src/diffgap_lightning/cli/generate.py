@@ -198,6 +198,8 @@ def build_renderer(
         chosen = getattr(options, name)
         wanted = chosen and (name == "scorer" or "video" in kinds)
         loaded[name] = build_encoder(chosen, encoders[name], "diffgap generate").to(device).eval() if wanted else None
+        if refiner is not None:  # before the generator, which may take minutes to load
+            refiner.check_encoder(loaded[name], f"--{name} {chosen}: {options.refiner}")
     generator = load_generator(
         options.model,
         options.backend,

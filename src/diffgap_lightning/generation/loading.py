@@ -18,7 +18,8 @@ import torch
 
 from diffgap_lightning.encoders.hub import local_folder
 from diffgap_lightning.encoders.optional import need
-from diffgap_lightning.integrations.generator import PIPELINES, DiffusersGenerator, EmbeddingGenerator
+from diffgap_lightning.integrations.diffusers_generator import PIPELINES, DiffusersGenerator
+from diffgap_lightning.integrations.generator import EmbeddingGenerator
 
 Backend = Literal["diffusers", "audioldm"]
 _INDEX = "model_index.json"

@@ -20,7 +20,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffgap_lightning.data.mux import read_wav
-from diffgap_lightning.integrations.generator import EmbeddingGenerator, as_generator
+from diffgap_lightning.integrations.diffusers_generator import as_generator
+from diffgap_lightning.integrations.generator import EmbeddingGenerator
 
 from .folder import Record, RunFolder
 from .items import text_item

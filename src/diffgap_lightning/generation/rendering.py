@@ -135,6 +135,8 @@ class Renderer:
             raise ValueError("candidates are ranked by an encoder of audio: give a scorer, or ask for one candidate")
         if scorer is not None and scorer.dim != generator.dim:
             raise ValueError(f"the scorer has {scorer.dim} dimensions, the generator's space {generator.dim}")
+        if scorer is not None and refiner is not None:
+            refiner.check_encoder(scorer, "scorer: the refiner, whose own score it gives,")
         if video_encoder is not None:
             if refiner is None:
                 raise ValueError("videos need a refiner from video to audio: without one no generator hears them")

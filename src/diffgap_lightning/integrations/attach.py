@@ -162,7 +162,7 @@ def _find(generator: Any) -> Seam:
 def check_space(conditioner: Conditioner, seam: Seam, fingerprint: str | None) -> None:
     """Refuse a refiner of another encoder's space, by fingerprint where both are known, by dimension otherwise."""
     trained = conditioner.fingerprint
-    if trained is not None and fingerprint is not None and trained != fingerprint:
+    if trained is not None and fingerprint is not None and fingerprint not in (trained, *trained.split(" + ")):
         raise ValueError(
             f"refiner: was trained in the space of encoder {trained!r}, but {seam.name} uses {fingerprint!r}; "
             "use a refiner that was trained for this generator's encoder"

@@ -15,13 +15,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
-
-PIPELINES = ("AudioLDMPipeline", "MusicLDMPipeline")
+from torch.nn.functional import pad
 
 
 @runtime_checkable
@@ -70,80 +67,6 @@ class EmbeddingGenerator(Protocol):
         """
 
 
-class DiffusersGenerator:
-    """`AudioLDMPipeline` and `MusicLDMPipeline` of diffusers, conditioned through `prompt_embeds`.
-
-    Args:
-        pipeline: The pipeline, on its device and in its dtype; it is used as it is and never changed.
-        name: For records; default: what the pipeline was loaded from.
-
-    Raises:
-        ValueError: another class of pipeline.
-    """
-
-    def __init__(self, pipeline: Any, name: str | None = None) -> None:
-        kind = type(pipeline).__name__
-        if kind not in PIPELINES:
-            raise ValueError(f"got a {kind}, expected an AudioLDMPipeline or a MusicLDMPipeline of diffusers")
-        self.pipeline = pipeline
-        self.name = name or str(getattr(pipeline.config, "_name_or_path", "") or kind)
-        vocoder = pipeline.vocoder.config
-        self.sample_rate = int(vocoder.sampling_rate)
-        self.dim = int(pipeline.text_encoder.config.projection_dim)
-        self._hop = math.prod(vocoder.upsample_rates)  # samples of a spectrogram's frame
-        frames = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        self.native_seconds = frames * self._hop / self.sample_rate
-
-    @torch.no_grad()
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """See `EmbeddingGenerator.embed_text`; the numbers are those that the pipeline computes itself."""
-        pipeline = self.pipeline
-        tokens = pipeline.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(pipeline._execution_device)
-        encoder = pipeline.text_encoder
-        if hasattr(encoder, "get_text_features"):
-            found = encoder.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask)
-            found = getattr(found, "pooler_output", found)  # transformers 5 returns an object
-        else:
-            found = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
-        return normalize(found, dim=-1).float().cpu()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        embeddings: Tensor,
-        *,
-        seconds: float,
-        seeds: Sequence[int],
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        texts: Sequence[str] | None = None,
-    ) -> Tensor:
-        """See `EmbeddingGenerator.generate`; `texts` is not needed."""
-        check_request(self, embeddings, seconds, seeds)
-        pipeline, samples = self.pipeline, round(seconds * self.sample_rate)
-        frames = max(math.ceil(samples / self._hop), pipeline.vae_scale_factor)
-        options: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
-        if negative_prompt is not None or type(pipeline).__name__ == "MusicLDMPipeline":
-            # Beside prompt_embeds AudioLDM takes no negative string; MusicLDM's empty prompt fails (transformers 5).
-            negative = self.embed_text([negative_prompt or ""])
-            options["negative_prompt_embeds"] = negative.expand(len(embeddings), -1)
-        waveforms = pipeline(
-            prompt_embeds=embeddings.to(pipeline.text_encoder.dtype),
-            audio_length_in_s=(frames * self._hop + 0.5) / self.sample_rate,  # half a sample: the pipeline rounds down
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            **{key: value for key, value in options.items() if value is not None},
-        ).audios
-        return fit_length(torch.as_tensor(waveforms).float().cpu(), samples)
-
-
 def check_request(generator: EmbeddingGenerator, embeddings: Tensor, seconds: float, seeds: Sequence[int]) -> None:
     """Refuse what no generator can make.
 
@@ -169,12 +92,3 @@ def derive_seed(seed: int, *parts: object) -> int:
     """A seed below 2^63 for one of many things that are drawn: changing one part changes the whole number."""
     text = "\0".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def as_generator(generator: Any) -> EmbeddingGenerator:
-    """A diffusers pipeline or what already has the protocol's methods.
-
-    Raises:
-        ValueError: anything else.
-    """
-    return generator if isinstance(generator, EmbeddingGenerator) else DiffusersGenerator(generator)

@@ -28,7 +28,8 @@ from diffgap_lightning.refiner import DiffGAPRefiner
 
 from .conditions import RefineOptions, refine_rows
 from .crossfade import join_windows, spread_windows
-from .generator import EmbeddingGenerator, as_generator, derive_seed
+from .diffusers_generator import as_generator
+from .generator import EmbeddingGenerator, derive_seed
 
 _CROSSFADE = 0.5  # s
 
@@ -85,7 +86,8 @@ class VideoToAudioPipeline:
     Args:
         encoder: Embeds video; the refiner was trained on its embeddings.
         refiner: Knows the direction from `source` to `target`, the latter in the generator's space.
-        generator: A diffusers pipeline (AudioLDM, MusicLDM) or anything with the methods of `EmbeddingGenerator`.
+        generator: A diffusers pipeline (AudioLDM, MusicLDM, AudioLDM2) or anything with the methods of
+            `EmbeddingGenerator`.
         source: The refiner's name for the encoder's embeddings.
         target: The refiner's name for the generator's space.
         window: Seconds that are generated at a time; default: the generator's own length.
@@ -94,7 +96,7 @@ class VideoToAudioPipeline:
         limits: What one video may cost.
 
     Raises:
-        ValueError: parts that do not fit each other.
+        ValueError: parts that do not fit each other, by their widths or by the encoder that the refiner names.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class VideoToAudioPipeline:
         if "video" not in self.encoder.modalities or self.encoder.fps is None:
             raise ValueError(f"{name} embeds {', '.join(self.encoder.modalities)}, expected an encoder of video")
         refiner.cdm_of(self.source, self.target)
+        refiner.check_encoder(self.encoder)
         dims = refiner.config.dims
         for what, got, modality in (
             (f"the encoder {name}", self.encoder.dim, self.source),
@@ -155,9 +158,8 @@ class VideoToAudioPipeline:
         part = Media(media.source, media.extension, media.start + start, seconds)
         transform = encoder.transform("video")
         rows = []
-        for _, frames in video_windows(
-            part, encoder.fps, encoder.window, short_side=encoder.frame_size, limits=self.limits
-        ):
+        decoding: dict[str, Any] = {"phase": encoder.frame_phase, "short_side": encoder.frame_size}
+        for _, frames in video_windows(part, encoder.fps, encoder.window, **decoding, limits=self.limits):
             rows.append(encoder.embed_video([frames if transform is None else transform(frames)]).float().cpu())
         if not rows:
             raise MediaError(f"no frames at {start:g} s")
