@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from diffgap_lightning import DiffGAPModule, SyntheticDataModule
-from diffgap_lightning.training.callbacks import SaveRefiner
+from diffgap_lightning.training.callbacks import AverageWeights, SaveRefiner
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[EMAWeightAveraging(decay=0.99, use_buffers=False), SaveRefiner()],
+        callbacks=[AverageWeights(decay=0.99), SaveRefiner()],
     )
     trainer.fit(module, data)
     trainer.test(module, data)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, IterableDataset
@@ -22,7 +22,7 @@ from diffgap_lightning.data.synthetic import SyntheticWorld
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.fusion import mean_recall
 from diffgap_lightning.refiner import DiffGAPRefiner
-from diffgap_lightning.training.callbacks import SaveRefiner
+from diffgap_lightning.training.callbacks import AverageWeights, SaveRefiner
 from diffgap_lightning.training.module import DiffGAPModule
 
 pytestmark = [
@@ -82,8 +82,8 @@ class Watch(Callback):
             self.validated.append((float(trainer.callback_metrics["val/r1"]), dict(self.average)))
 
 
-def averaging() -> EMAWeightAveraging:
-    return EMAWeightAveraging(use_buffers=False, decay=DECAY)
+def averaging() -> AverageWeights:
+    return AverageWeights(decay=DECAY)
 
 
 @pytest.fixture(scope="module")

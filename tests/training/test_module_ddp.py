@@ -18,12 +18,11 @@ from diffgap_lightning.refiner import DiffGAPRefiner
 def main(folder: Path) -> None:
     """One rank: fit, then validate on batches of which only the first rank's hold a pair."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import EMAWeightAveraging
     from torch.utils.data import DataLoader
 
     from diffgap_lightning.data.datamodules import SyntheticDataModule
     from diffgap_lightning.data.synthetic import SyntheticWorld
-    from diffgap_lightning.training.callbacks import SaveRefiner
+    from diffgap_lightning.training.callbacks import AverageWeights, SaveRefiner
     from diffgap_lightning.training.module import DiffGAPModule
 
     world = SyntheticWorld(latent_dim=6, num_concepts=4, dim=12, hidden_dim=24)
@@ -34,7 +33,7 @@ def main(folder: Path) -> None:
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        callbacks=[SaveRefiner(), EMAWeightAveraging(use_buffers=False, decay=0.9)],
+        callbacks=[SaveRefiner(), AverageWeights(decay=0.9)],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}

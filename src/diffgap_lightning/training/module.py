@@ -233,7 +233,9 @@ class DiffGAPModule(LightningModule):
         """AdamW unless an optimizer was given."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if self.optimizer is None:
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01)
+            # One kernel for all parameters. Where float16's scaler is in use, it could not clip.
+            fused = self.trainer.precision != "16-mixed"
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01, fused=fused)
         else:
             optimizer = self.optimizer(parameters)
         if self.lr_scheduler is None:

@@ -1,6 +1,7 @@
 """What watches a refiner's training."""
 
+from diffgap_lightning.training.callbacks.average_weights import AverageWeights
 from diffgap_lightning.training.callbacks.embedding_map import EmbeddingMap
 from diffgap_lightning.training.callbacks.save_refiner import SaveRefiner
 
-__all__ = ["EmbeddingMap", "SaveRefiner"]
+__all__ = ["AverageWeights", "EmbeddingMap", "SaveRefiner"]
