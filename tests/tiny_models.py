@@ -7,6 +7,7 @@
     transformers_clap(folder)        ClapModel, feature extractor and tokenizer, as `save_pretrained` writes them
     open_clip_folder(folder)         open_clip_config.json beside open_clip_model.safetensors
 
+With `real_size=True` the last three have the towers of the published models, for measuring speed.
 Tests get this module from the fixture `tiny_models`. Weights are drawn wide enough that rows differ (random
 transformers map all texts to nearly the same vector) and not so wide that rounding decides where a row lies.
 """
@@ -115,8 +116,10 @@ def draw_weights(model: nn.Module, seed: int, gain: float = 1.4) -> None:
             module.running_var.fill_(900.0)
 
 
-def laion_state(amodel: str = "HTSAT-tiny", fusion: bool = False, layers: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """The state of laion_clap's own `CLAP` class with random weights."""
+def laion_state(
+    amodel: str = "HTSAT-tiny", fusion: bool = False, seed: int = 0, real_size: bool = False
+) -> dict[str, Tensor]:
+    """The state of laion_clap's own `CLAP` class with random weights; its audio tower is always of real size."""
     from diffgap_lightning.encoders.laion_network import build_clap, text_config
 
     hidden = {
@@ -125,8 +128,9 @@ def laion_state(amodel: str = "HTSAT-tiny", fusion: bool = False, layers: int = 
         "token_type_embeddings": (1, 768),
     }
     shapes = {f"text_branch.embeddings.{name}.weight": torch.empty(shape) for name, shape in hidden.items()}
-    for layer in range(layers):
-        shapes[f"text_branch.encoder.layer.{layer}.intermediate.dense.weight"] = torch.empty(64, 768)
+    for layer in range(12 if real_size else 1):
+        name = f"text_branch.encoder.layer.{layer}.intermediate.dense.weight"
+        shapes[name] = torch.empty(3072 if real_size else 64, 768)
     model = build_clap(amodel, fusion, text_config(shapes))
     draw_weights(model, seed)
     return model.state_dict()
@@ -140,11 +144,12 @@ def laion_checkpoint(
     position_ids: bool = True,
     extra: dict[str, Any] | None = None,
     seed: int = 0,
+    real_size: bool = False,
 ) -> Path:
     """Write a training checkpoint: prefix `module.`, epoch, name, a NumPy scalar, with or without `position_ids`."""
     import numpy as np
 
-    state = {f"module.{key}": value for key, value in laion_state(amodel, fusion, seed=seed).items()}
+    state = {f"module.{key}": value for key, value in laion_state(amodel, fusion, seed, real_size).items()}
     state.pop("module.text_branch.embeddings.position_ids", None)
     if position_ids:
         state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
@@ -154,21 +159,23 @@ def laion_checkpoint(
     return path
 
 
-def transformers_clap(folder: Path, fusion: bool = False, seed: int = 0) -> Path:
+def transformers_clap(folder: Path, fusion: bool = False, seed: int = 0, real_size: bool = False) -> Path:
     """Write a small ClapModel, its feature extractor and a tokenizer."""
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
-    audio = {
-        "patch_embeds_hidden_size": 8, "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2],
-        "hidden_size": 64, "num_hidden_layers": 4, "enable_fusion": fusion,
-        "fusion_type": "aff_2d" if fusion else None,
-    }  # fmt: skip
+    audio = {"enable_fusion": fusion, "fusion_type": "aff_2d" if fusion else None}
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": 514, "pad_token_id": 1, "bos_token_id": 0,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 514, "pad_token_id": 1, "bos_token_id": 0,
         "eos_token_id": 2,
     }  # fmt: skip
-    model = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=32))
+    if not real_size:
+        audio |= {
+            "patch_embeds_hidden_size": 8, "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2],
+            "hidden_size": 64, "num_hidden_layers": 4,
+        }  # fmt: skip
+        text |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    dim = 512 if real_size else 32
+    model = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=dim))
     draw_weights(model, seed)
     roberta_tokenizer(folder)
     model.save_pretrained(folder, safe_serialization=True)
@@ -186,17 +193,17 @@ OPEN_CLIP_CONFIG = {
 }
 
 
-def open_clip_folder(folder: Path, seed: int = 0, **preprocess: Any) -> Path:
+def open_clip_folder(folder: Path, seed: int = 0, real_size: bool = False, **preprocess: Any) -> Path:
     """Write a small open_clip model as its `push_to_hub` would; `preprocess` goes into its preprocess_cfg."""
-    from open_clip import create_model
+    from open_clip import get_model_config
     from open_clip.model import CLIP
     from safetensors.torch import save_file
 
-    del create_model  # the package's registry must be imported before its classes
     folder.mkdir(parents=True, exist_ok=True)
-    model = CLIP(**OPEN_CLIP_CONFIG)
+    sizes = get_model_config("ViT-B-32") if real_size else OPEN_CLIP_CONFIG
+    model = CLIP(**sizes)
     draw_weights(model, seed)
-    config = {"model_cfg": OPEN_CLIP_CONFIG, "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}}
+    config = {"model_cfg": sizes, "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}}
     config["preprocess_cfg"] |= preprocess
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(
