@@ -10,9 +10,11 @@ import torch
 
 from diffgap_lightning.data.media import MediaError, MediaLimits
 from diffgap_lightning.encoders.hashing import HashingEncoder
-from diffgap_lightning.generation.demo import HOST, Demo, build_demo, launch
+from diffgap_lightning.generation.demo import Demo
+from diffgap_lightning.generation.demo_page import HOST, build_demo, launch
 from diffgap_lightning.generation.loading import load_generator
-from diffgap_lightning.generation.rendering import GenerationSettings, Renderer
+from diffgap_lightning.generation.rendering import Renderer
+from diffgap_lightning.generation.settings import GenerationSettings
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 pytest.importorskip("av", reason="needs the extra media")

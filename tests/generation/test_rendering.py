@@ -13,7 +13,8 @@ from torch import Tensor
 from diffgap_lightning.cli.encoder_arguments import build_encoder
 from diffgap_lightning.data.audio import resample
 from diffgap_lightning.encoders.hashing import HashingEncoder
-from diffgap_lightning.generation.rendering import GenerationSettings, Renderer
+from diffgap_lightning.generation.rendering import Renderer
+from diffgap_lightning.generation.settings import GenerationSettings
 from diffgap_lightning.generation.spectrogram import BANDS, mel_power, spectrogram_pngs
 from diffgap_lightning.integrations.candidates import embed_waveforms
 from diffgap_lightning.integrations.conditions import RefineOptions

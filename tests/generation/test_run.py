@@ -12,8 +12,9 @@ from diffgap_lightning.data.mux import read_wav
 from diffgap_lightning.encoders.hashing import HashingEncoder
 from diffgap_lightning.generation.folder import RunFolder, files_of
 from diffgap_lightning.generation.items import Item, text_item, video_item
-from diffgap_lightning.generation.rendering import GenerationSettings, Renderer
+from diffgap_lightning.generation.rendering import Renderer
 from diffgap_lightning.generation.run import GenerationRun
+from diffgap_lightning.generation.settings import GenerationSettings
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 av = pytest.importorskip("av", reason="needs the extra media")

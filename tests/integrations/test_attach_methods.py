@@ -19,6 +19,7 @@ from diffgap_lightning.integrations.diff_foley import refine_features
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 DIM = 12
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def rows(n: int = 80, seed: int = 0) -> dict[str, Tensor]:
@@ -115,6 +116,38 @@ def test_gradients_of_the_generator_do_not_reach_a_frozen_refiner(refiner: DiffG
         assert not model.get_learned_conditioning(["rain"]).requires_grad
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_identity_changes_no_bit_of_a_named_method(dtype: torch.dtype) -> None:
+    identity, model, texts = IdentityBridge().fit(rows(), IDS), TextModel().to(dtype), ["rain", "", "dog"]
+    with torch.no_grad():
+        plain = model.get_learned_conditioning(texts)
+        with attach(identity, model, method="get_learned_conditioning", strength=0):
+            seen = model.get_learned_conditioning(texts)
+    assert seen.dtype == dtype
+    assert torch.equal(seen, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_named_method_gives_what_refine_gives_in_its_dtype(refiner: DiffGAPRefiner, dtype: torch.dtype) -> None:
+    model = TextModel().to(dtype)
+    with torch.no_grad():
+        plain = model.get_learned_conditioning(["rain", "", "dog"])
+        with attach(refiner, model, method="get_learned_conditioning", strength=0):
+            seen = model.get_learned_conditioning(["rain", "", "dog"])
+    expected = refiner.refine(plain[[0, 2], 0], source="text", target="audio", strength=0)
+    assert expected.dtype == dtype
+    assert torch.equal(seen[[0, 2], 0], expected)
+    assert torch.equal(seen[1], plain[1])
+
+
+def test_a_named_method_is_restored_after_an_exception_too(refiner: DiffGAPRefiner) -> None:
+    model = TextModel()
+    before = dict(vars(model))
+    with pytest.raises(ZeroDivisionError), attach(refiner, model, method="get_learned_conditioning"):
+        _ = 1 / len(model.get_learned_conditioning([""])[:0])
+    assert vars(model) == before
+
+
 # ---- Diff-Foley ---------------------------------------------------------------------------------------------------
 
 
@@ -169,9 +202,28 @@ def test_diff_foley_and_its_classifier_get_the_same_refined_features(
         assert torch.equal(seen["origin"], expected)
 
 
-def test_an_identity_leaves_diff_foley_as_it_is() -> None:
-    identity = IdentityBridge().fit(rows(), IDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_diff_foleys_dtype_is_kept(refiner: DiffGAPRefiner, dtype: torch.dtype) -> None:
+    model, features = Foley().to(dtype), rows(5, seed=3)["video"].to(dtype)
+    with torch.no_grad(), attach(refiner, model, source="video", strength=0, per_frame=True):
+        seen = script(model, features, True)
+    expected = refiner.refine(features, source="video", target="audio", strength=0)
+    assert torch.equal(seen["origin"], expected.expand(4, -1, -1))
+    assert seen["origin"].dtype == seen["cond"].dtype == dtype
+
+
+def test_diff_foley_is_restored_after_an_exception_too(refiner: DiffGAPRefiner) -> None:
     model, features = Foley(), rows(5, seed=3)["video"]
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match="dimension"), attach(refiner, model, source="video", per_frame=True):
+        script(model, features[:, :3], True)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_identity_leaves_diff_foley_as_it_is(dtype: torch.dtype) -> None:
+    identity = IdentityBridge().fit(rows(), IDS)
+    model, features = Foley().to(dtype), rows(5, seed=3)["video"].to(dtype)
     with torch.no_grad():
         plain = script(model, features, True)
         before = dict(vars(model))

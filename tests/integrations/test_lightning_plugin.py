@@ -118,6 +118,20 @@ def test_an_identity_changes_no_bit(ldm: ModuleType, make_trainer: Callable[...,
     assert all(torch.equal(a, b) for a, b in zip(*conditions, strict=True))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_an_identity_changes_no_bit_in_half_precision(
+    ldm: ModuleType, make_trainer: Callable[..., Trainer], precision: str
+) -> None:
+    text, audio, _ = ldm.world()
+    identity = IdentityBridge().fit({"text": text, "audio": audio}, dict.fromkeys(("text", "audio"), torch.arange(192)))
+    found = []
+    for callbacks in ([], [RefineConditioning(identity, strength=0)]):
+        trainer = make_trainer(*callbacks, precision=precision)
+        found.append(torch.cat(trainer.predict(ldm.TinyLatentDiffusion(), ldm.loader())))
+    assert found[0].dtype == {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_an_exception_detaches(
     ldm: ModuleType, refiner: DiffGAPRefiner, make_trainer: Callable[..., Trainer], hook: str
@@ -229,6 +243,45 @@ def weights(refiner: DiffGAPRefiner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in refiner.parameters()])
 
 
+def test_a_part_of_the_module_refines_as_it_does_alone(ldm: ModuleType, make_trainer: Callable[..., Trainer]) -> None:
+    """With a learning rate of 0 the refiner stays what it was: each stage must see its own refine()."""
+
+    class Still(ldm.TinyLatentDiffusion):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module, refiner, watch = Still(), ldm.measured(), Watch()
+    callback = FinetuneRefiner(refiner, paired="audio_embedding", strength=0.0)
+    run_all(make_trainer(callback, watch), module, ldm.loader())
+    plain = module.get_learned_conditioning(["clip 0", "", "clip 2"])[:, 0]
+    expected = refiner.refine(plain[[0, 2]], source="text", target="audio", strength=0, start="posterior_mean")
+    assert set(watch.seen) == {"sanity", "train", "validate", "test", "predict"}
+    for stage, seen in watch.seen.items():
+        for found in seen:
+            assert torch.equal(found[1], plain[1]), stage
+            torch.testing.assert_close(found[[0, 2]], expected)
+            assert not torch.allclose(found[0], plain[0], atol=1e-2)
+    assert "get_learned_conditioning" not in vars(module)
+
+
+@pytest.mark.parametrize("hook", ["training_step", "get_learned_conditioning"])
+def test_an_exception_gives_the_module_back(ldm: ModuleType, make_trainer: Callable[..., Trainer], hook: str) -> None:
+    module, refiner = ldm.TinyLatentDiffusion(), ldm.measured()
+
+    def fail(*_: Any) -> None:
+        assert hasattr(module, FinetuneRefiner.NAME)
+        raise RuntimeError("stop")
+
+    setattr(module, hook, fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        make_trainer(FinetuneRefiner(refiner)).fit(module, ldm.loader())
+    assert not hasattr(module, FinetuneRefiner.NAME)
+    assert getattr(module, hook) is fail
+    assert not {"training_step", "get_learned_conditioning"} & set(vars(module)) - {hook}
+    assert not refiner.training
+    assert all(p.requires_grad for p in refiner.parameters())
+
+
 @pytest.mark.parametrize("own_parameters_only", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.5])
 def test_both_losses_fall_and_the_refiner_learns(
@@ -301,7 +354,7 @@ def test_dropped_conditions_are_paired_with_their_own_targets(
         pairs.append((source_rows, target_rows))
         return original(refiner, source_rows, target_rows, **options)
 
-    monkeypatch.setattr("diffgap_lightning.integrations.lightning.pair_loss", look)
+    monkeypatch.setattr("diffgap_lightning.integrations.lightning.finetune_refiner.pair_loss", look)
     callback = FinetuneRefiner(ldm.measured(), paired="audio_embedding")
     make_trainer(callback).fit(ldm.TinyLatentDiffusion(drop=0.3), ldm.loader())
     text, audio, _ = ldm.world()

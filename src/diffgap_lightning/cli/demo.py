@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
         raise ValueError("--refiner DIR is needed: the demo compares with and without it")
     settings = sound_settings(options)
 
-    from diffgap_lightning.generation.demo import serve
+    from diffgap_lightning.generation.demo_page import serve
 
     renderer = build_renderer(options, encoders, settings, {"video"} if options.encoder else {"text"})
     serve(

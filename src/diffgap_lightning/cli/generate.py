@@ -24,7 +24,8 @@ from diffgap_lightning.cli.encoder_arguments import build_encoder, print_encoder
 if TYPE_CHECKING:
     from diffgap_lightning.encoders.base import ContrastiveEncoder
     from diffgap_lightning.generation.items import Item
-    from diffgap_lightning.generation.rendering import GenerationSettings, Renderer
+    from diffgap_lightning.generation.rendering import Renderer
+    from diffgap_lightning.generation.settings import GenerationSettings
 
 ENCODERS = ("encoder", "scorer")
 
@@ -159,7 +160,7 @@ def sound_settings(options: argparse.Namespace) -> GenerationSettings:
     Raises:
         ValueError: naming the flag.
     """
-    from diffgap_lightning.generation.rendering import GenerationSettings
+    from diffgap_lightning.generation.settings import GenerationSettings
     from diffgap_lightning.integrations.conditions import RefineOptions
 
     refine = RefineOptions(options.strength, options.refine_steps, options.refine_guidance, options.start)

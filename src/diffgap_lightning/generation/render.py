@@ -26,8 +26,9 @@ from diffgap_lightning.integrations.generator import EmbeddingGenerator
 from .folder import Record, RunFolder
 from .items import text_item
 from .loading import Backend, load_generator
-from .rendering import GenerationSettings, Renderer
+from .rendering import Renderer
 from .run import GenerationRun
+from .settings import GenerationSettings
 
 
 class RenderSamples(Callback):

@@ -13,8 +13,7 @@ noise is seeded by the item's key, the refiner's noise too, so neither depends o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,11 +21,13 @@ from torch.nn.functional import normalize
 
 from diffgap_lightning.data.media import Media, MediaLimits
 from diffgap_lightning.encoders.base import ContrastiveEncoder
-from diffgap_lightning.integrations.candidates import By, embed_waveforms, rank_candidates
+from diffgap_lightning.integrations.candidates import embed_waveforms, rank_candidates
 from diffgap_lightning.integrations.conditions import RefineOptions, refine_rows
 from diffgap_lightning.integrations.generator import EmbeddingGenerator, derive_seed
 from diffgap_lightning.integrations.video_to_audio import VideoToAudioPipeline
 from diffgap_lightning.refiner import DiffGAPRefiner
+
+from .settings import GenerationSettings
 
 VERSIONS = {
     "plain": "without refiner",
@@ -35,50 +36,6 @@ VERSIONS = {
     "original": "original sound",
 }
 _REGRESSION = RefineOptions(strength=0.0, start="posterior_mean")
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """What decides the sounds, apart from the models.
-
-    Attributes:
-        seconds: Length of the sound of a text; None: the generator's own.
-        num_steps: The generator's sampler steps; None: its default.
-        guidance_scale: The generator's; None: its default.
-        negative_prompt: What the generator's unconditional branch hears.
-        candidates: Waveforms an item and version, of which the best is kept on top.
-        rank_by: The score that decides: `"clap"` or `"refiner"`; videos are always ranked by the refiner's.
-        seed: Of all noise.
-        refine: How to refine.
-        window: Seconds of a long video that are generated at a time; None: the generator's own length.
-        crossfade: Seconds over which they are mixed; None: as `VideoToAudioPipeline` does.
-    """
-
-    seconds: float | None = None
-    num_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    candidates: int = 1
-    rank_by: By = "clap"
-    seed: int = 0
-    refine: RefineOptions = field(default_factory=RefineOptions)
-    window: float | None = None
-    crossfade: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without the models."""
-        if self.candidates < 1:
-            raise ValueError(f"candidates: got {self.candidates}, expected at least 1")
-        if self.rank_by not in get_args(By):
-            raise ValueError(f"rank_by: got {self.rank_by!r}, expected one of {', '.join(get_args(By))}")
-        if self.seconds is not None and not 0 < self.seconds <= 3600:
-            raise ValueError(f"seconds: got {self.seconds}, expected more than 0 and at most 3600")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps: got {self.num_steps}, expected at least 1")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Refiners in other people's generators: `attach` (see `attach.py`) and the Lightning callbacks (`lightning.py`).
+"""Refiners in other people's generators: `attach` (see `attach.py`) and the Lightning callbacks (`lightning/`).
 
 This package imports no generator's package: it recognises a generator by the name of its class.
 """
