@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import yaml
 
 from diffgap_lightning.cli.trainer import fit
 from diffgap_lightning.data import EmbeddingTable, SyntheticDataModule
@@ -65,7 +66,13 @@ def fit_overlay(base: str, name: str, train: EmbeddingTable, val: EmbeddingTable
         }
         if base != "table":
             values = {"data": "diffgap_lightning.data.EmbeddingDataModule", **values}
-        files = [f"--config={CONFIGS / base}.yaml", f"--config={CONFIGS / 'ablation' / name}.yaml"]
+        # What is measured are networks: no callback may leave them out.
+        config = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text(encoding="utf-8"))
+        callbacks = config["trainer"]["callbacks"]
+        config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("GiveBackValidation")]
+        whole = Path(folder, "base.yaml")
+        whole.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        files = [f"--config={whole}", f"--config={CONFIGS / 'ablation' / name}.yaml"]
         fit([*files, *(f"--{k}={v}" for k, v in values.items()), *more])
         return DiffGAPRefiner.from_pretrained(Path(folder, "refiner"))
 

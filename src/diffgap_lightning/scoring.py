@@ -25,7 +25,7 @@ from diffgap_lightning.refiner_config import Direction, direction_name
 # Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
 # correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest.
 _PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "mixture": 0.05, "forward": 0.2, "backward": 0.2}
-_FEW_PRIOR_WEIGHTS = {"forward": 1.0, "backward": 1.0, "centre": 1.0, "hub": 1.5}
+_FEW_PRIOR_WEIGHTS = {"forward": 1.0, "backward": 0.5, "centre": 1.0, "hub": 1.25}
 
 
 class Scorer(RefinerBase):

@@ -111,6 +111,7 @@ class DiffGAPModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
+        self.measured_here = False  # whether the closed forms are of this run's own training rows
         self._gallery = Gallery()
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -138,6 +139,7 @@ class DiffGAPModule(LightningModule):
             )
             state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
             self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
+        self.measured_here = True
 
     def _training_rows(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str | None]:
         rows = getattr(getattr(self.trainer, "datamodule", None), "rows", None)
