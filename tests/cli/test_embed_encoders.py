@@ -9,10 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from diffgap_lightning.cli.main import main
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shard_verify import verify_shards
+from diffgap_lightning.encoders.cavp_model import random_model
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 pytest.importorskip("av", reason="needs the extra media")
@@ -40,6 +42,9 @@ def flags(name: str, tiny_models: ModuleType, folder: Path) -> list[str]:
         checkpoint = tiny_models.laion_checkpoint(folder / "laion.pt")
         tokenizer = tiny_models.roberta_tokenizer(folder / "tokenizer")
         return ["--encoder.checkpoint", str(checkpoint), "--encoder.tokenizer", str(tokenizer)]
+    if name == "cavp":
+        torch.save({"state_dict": random_model(0, dim=32, width=4).state_dict()}, folder / "cavp.ckpt")
+        return ["--encoder.checkpoint", str(folder / "cavp.ckpt")]
     make: Callable[[Path], Path] = {
         "transformers-clap": tiny_models.transformers_clap,
         "open-clip": tiny_models.open_clip_folder,
@@ -49,31 +54,46 @@ def flags(name: str, tiny_models: ModuleType, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "package", "other"),
-    [
-        ("laion-clap", "laion_clap", "audio"),
-        ("transformers-clap", "transformers", "audio"),
-        ("open-clip", "open_clip", "video"),
+    ("name", "package", "pairs", "rows"),
+    [  # what four clips of 10 s give: five captions each, or windows of 4, 4 and 2 s
+        ("laion-clap", "laion_clap", {"text": 20, "audio": 20}, {"text": 20, "audio": 4}),
+        ("transformers-clap", "transformers", {"text": 20, "audio": 20}, {"text": 20, "audio": 4}),
+        ("open-clip", "open_clip", {"text": 20, "video": 20}, {"text": 20, "video": 4}),
+        ("cavp", "torchaudio", {"video": 12, "audio": 12}, {"video": 12, "audio": 12}),
     ],
 )
-def test_videos_and_captions_to_shards_to_a_refiner(
-    name: str, package: str, other: str, tmp_path: Path, catalog: Path, tiny_models: ModuleType
+def test_videos_to_shards_to_a_refiner(
+    name: str,
+    package: str,
+    pairs: dict[str, int],
+    rows: dict[str, int],
+    tmp_path: Path,
+    catalog: Path,
+    tiny_models: ModuleType,
 ) -> None:
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
     common = ["--encoder", name, *flags(name, tiny_models, tmp_path), "--catalog", str(catalog), "--accelerator", "cpu"]
-    for kind in ("pairs", "rows"):
+    for kind, expected in (("pairs", pairs), ("rows", rows)):
         main(["embed", *common, "--kind", kind, "--out", str(tmp_path / kind), "--num-workers", "1", "--no-progress"])
         assert verify_shards(tmp_path / kind) == []
+        assert open_shards(tmp_path / kind).manifest.num_rows == expected
     manifest = open_shards(tmp_path / "pairs").manifest
-    assert manifest.num_rows == {other: 20, "text": 20}
-    assert open_shards(tmp_path / "rows").manifest.num_rows == {other: 4, "text": 20}
     assert manifest.encoder is not None
     assert manifest.encoder.startswith(f"{name}/")
 
     data = ["--data", "diffgap_lightning.data.WebDatasetDataModule", "--data.train", str(tmp_path / "pairs")]
     data += ["--data.val", str(tmp_path / "rows"), "--data.batch_size", "10", "--data.num_workers", "0"]
-    model = ["--model.pairs", f"[[text, {other}]]", "--model.width", "16", "--model.depth", "1", "--model.rank", "3"]
+    model = [
+        "--model.pairs",
+        f"[[{', '.join(pairs)}]]",
+        "--model.width",
+        "16",
+        "--model.depth",
+        "1",
+        "--model.rank",
+        "3",
+    ]
     where = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     quiet = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
     save = ["--trainer.callbacks", "diffgap_lightning.training.callbacks.SaveRefiner"]
