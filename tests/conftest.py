@@ -41,6 +41,19 @@ def tiny_models() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Any]:
+    """Runs `diffgap` in real processes, see `runs.py`; in another locale and time zone than the tests'."""
+    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    running = module.Runs({"LC_ALL": "C", "LANG": "C", "TZ": "Pacific/Kiritimati"})
+    yield running
+    running.close()
+
+
 def sine(seconds: float, sample_rate: int, hz: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
     """`(T,)` float32."""
     return (amplitude * np.sin(2 * np.pi * hz * np.arange(round(seconds * sample_rate)) / sample_rate)).astype(

@@ -14,10 +14,11 @@ PACKAGE = "diffgap_lightning"
 SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 
 # Part -> parts that it may import. A part is the first name after the package's; it may always import itself.
-BASE = {"functional", "checkpoint"}
+BASE = {"functional", "checkpoint", "atomic"}
 ALLOWED: dict[str, set[str]] = {
+    "atomic": set(),
     "functional": set(),
-    "checkpoint": set(),
+    "checkpoint": {"atomic"},
     "diffusion": BASE,
     "space": BASE,
     "gaussian": BASE | {"space"},

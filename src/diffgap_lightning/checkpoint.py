@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffgap_lightning.atomic import replace_folder
+
 SCHEMA_VERSION = 1
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "model.safetensors"
@@ -41,6 +43,7 @@ def save_folder(
 
     Raises:
         ValueError: the folder exists and holds something else than a checkpoint.
+        OSError: it cannot be written; an older checkpoint is unchanged.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -50,7 +53,10 @@ def save_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, work / TENSORS_NAME)
+        try:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, work / TENSORS_NAME)
+        except SafetensorError as error:  # its name for "disk full" and the like
+            raise OSError(f"{folder}: could not be written ({error}); what was there before is unchanged") from error
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": kind,
@@ -59,7 +65,7 @@ def save_folder(
         }
         (work / CONFIG_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         work.chmod(0o755)
-        _replace_folder(work, folder)
+        replace_folder(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -127,14 +133,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _replace_folder(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`; an older checkpoint steps aside first and is removed after."""
-    if not folder.exists():
-        work.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-    folder.rename(aside / "old")
-    work.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)

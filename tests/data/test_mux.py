@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffgap_lightning.data.audio import audio_windows
 from diffgap_lightning.data.media import Media, MediaError, MediaLimits
-from diffgap_lightning.data.mux import read_wav, replacing, video_seconds, write_video_with_audio, write_wav
+from diffgap_lightning.data.mux import read_wav, video_seconds, write_video_with_audio, write_wav
 
 av = pytest.importorskip("av", reason="needs the extra media")
 Make = Callable[..., Path]
@@ -115,21 +115,6 @@ def test_wav_round_trip(tmp_path: Path) -> None:
     found, rate = read_wav(write_wav(tmp_path / "deep" / "x.wav", waveform.double(), 8000))
     assert rate == 8000
     torch.testing.assert_close(found, waveform.clamp(-1, 1), atol=2**-14, rtol=0)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with replacing(path) as work:
-            work.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
-    assert path.read_text() == "old"
 
 
 def test_real_videos(shared_data: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ To add a command, add a row to `COMMANDS`: name -> (`"module:function"`, one lin
 progress to stderr, and returns the exit status. It reports a user's mistake by raising `ValueError`, `TypeError` or
 `OSError` with a one-line message (`cli.arguments.ArgumentParser` does so for wrong flags).
 
-Exit status: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted. With `DIFFGAP_TRACEBACK=1` in the
-environment a mistake shows its traceback instead.
+Exit status: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted; 143 and 138 stopped by SIGTERM and by
+SIGUSR1, `fit` after saving. With `DIFFGAP_TRACEBACK=1` in the environment a mistake shows its traceback instead.
 """
 
 from __future__ import annotations

@@ -2,33 +2,42 @@
 
 A run has one folder, `--trainer.default_root_dir DIR`, and everything is in it: `config.yaml`, the logs, `checkpoints/`
 (of every `ModelCheckpoint` that names no other place) and what the callbacks write, such as `refiner/` and `plots/`.
-A second `fit` into the same folder replaces these and adds another version to the logs.
+A later `fit` into the same folder replaces these and adds another version to the logs.
 
 Values come from the YAML files and the command line alone, also with `--ckpt_path`: a checkpoint brings weights,
-optimizer and loop state, never settings. `--ckpt_path best` and `last` mean those of the run's folder; `validate`,
-`test` and `predict` read `best` unless told otherwise, because an untrained module has nothing to measure. Checkpoints
-are read with `weights_only`: nothing in them is executed.
+optimizer and loop state, never settings. `--ckpt_path best` and `last` mean those of the run's folder, `auto` the
+furthest one there, or none where there is none: a command that can be repeated until it is done. `validate`, `test` and
+`predict` read `best` unless told otherwise, because an untrained module has nothing to measure. Checkpoints are read
+with `weights_only`: nothing in them is executed.
+
+While a `fit` runs, another one into the same folder is refused. Told to stop (SIGTERM, SIGUSR1), it saves `last.ckpt`
+and exits with 128 + the signal's number; see `training/callbacks/save_last.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import warnings
-import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from diffgap_lightning.cli.arguments import suggest_flag, tidy
+from diffgap_lightning.cli.run_folder import CHECKPOINTS, RunLock, resolve_checkpoint
+from diffgap_lightning.training.callbacks import SaveLast
+from diffgap_lightning.training.checkpoint_io import AtomicCheckpointIO
 from diffgap_lightning.training.module import DiffGAPModule
 
-CHECKPOINTS = "checkpoints"
 DEFAULT_FOLDER = "runs/diffgap"
 
 
@@ -60,6 +69,7 @@ class DiffGAPCLI(LightningCLI):
     def __init__(self, command: str, argv: list[str]) -> None:
         self._command = command
         self._checkpoint: str | None = None
+        self._held = ExitStack()
         try:
             super().__init__(
                 DiffGAPModule,
@@ -77,6 +87,8 @@ class DiffGAPCLI(LightningCLI):
             if self._checkpoint is None or reason is None:
                 raise
             raise ValueError(f"--ckpt_path: {self._checkpoint} {reason}") from error
+        finally:
+            self._held.close()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one command that was asked for: building the other parsers would only cost time."""
@@ -92,6 +104,9 @@ class DiffGAPCLI(LightningCLI):
             raise ValueError(f"{message}; see `diffgap {self._command} --help`") from error
         chosen = self.config[self._command]
         folder = chosen["trainer"]["default_root_dir"]
+        local = "://" not in str(folder) and not chosen["trainer"].get("fast_dev_run")
+        if self._command == "fit" and local and getattr(rank_zero_only, "rank", 0) == 0:
+            self._held.enter_context(RunLock(folder))
         self._checkpoint = resolve_checkpoint(chosen["ckpt_path"], folder, self._command)
         chosen["ckpt_path"] = self._checkpoint
         if chosen.get("weights_only") is None:
@@ -101,8 +116,12 @@ class DiffGAPCLI(LightningCLI):
         """Overrides Lightning's: settings stored in a checkpoint never replace those that the user gave."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer with its checkpoints under the run's folder."""
+        """Build the trainer with its checkpoints under the run's folder, written whole, and on a signal too."""
         trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self._command == "fit" and not any(isinstance(c, SaveLast) for c in _callbacks(trainer)):
+            _callbacks(trainer).append(SaveLast())
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
@@ -114,34 +133,8 @@ class DiffGAPCLI(LightningCLI):
             print(f"run: {self.trainer.default_root_dir}")
 
 
-def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | None:
-    """Which checkpoint file a command reads.
-
-    Args:
-        given: The value of `--ckpt_path`: a file, `"best"` or `"last"` of the run's folder, or None.
-        folder: The run's folder.
-        command: The command; all but `fit` read `"best"` by default.
-
-    Returns:
-        The file's path, or None to start anew.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint.
-    """
-    if given is None and command == "fit":
-        return None
-    path = Path(folder) / CHECKPOINTS / f"{given or 'best'}.ckpt" if given in (None, "best", "last") else Path(given)
-    if path.is_dir():  # sharded checkpoints are folders: the strategy that wrote one reads it
-        return str(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--ckpt_path: {path} not found; train first with `diffgap fit --trainer.default_root_dir {folder}`, "
-            "or give another file"
-        )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"--ckpt_path: {path} is not a checkpoint written by fit, or is truncated; give another one")
-    return str(path)
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _unreadable(error: Exception) -> str | None:
@@ -161,6 +154,8 @@ def _run(command: str, argv: list[str]) -> int:
         DiffGAPCLI(command, argv)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except SIGTERMException as stop:  # Lightning's own says 0, which would mean success
+        return int(stop.code or 128 + signal.SIGTERM)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning shut down cleanly and exits 1
             raise KeyboardInterrupt from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from diffgap_lightning.atomic import replacing
 from diffgap_lightning.data.npy import decode_npy
 
 SUFFIXES = (".npz", ".safetensors")
@@ -71,17 +71,9 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
     for name, array in arrays.items():
         if array.dtype.kind not in "fiubU":
             raise ValueError(f"{path}: {name}: got dtype {array.dtype}, expected numbers or strings; convert it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as work:
         write = _write_npz if path.suffix == ".npz" else _write_safetensors
-        write(Path(work), path, arrays)
-        os.chmod(work, 0o644)
-        os.replace(work, path)
-    except BaseException:
-        Path(work).unlink(missing_ok=True)
-        raise
+        write(work, path, arrays)
     return path
 
 

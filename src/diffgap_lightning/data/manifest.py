@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from diffgap_lightning.atomic import replacing
+
 SCHEMA_VERSION = 1
 FORMAT = "diffgap-shards"
 MANIFEST_NAME = "manifest.json"
@@ -190,9 +192,8 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     """Write `manifest.json` atomically. It belongs last, after every shard it lists."""
     check_manifest(manifest, str(folder))
     path = Path(folder) / MANIFEST_NAME
-    work = path.with_name(f".{MANIFEST_NAME}.{os.getpid()}.tmp")
-    work.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(work, path)
+    with replacing(path) as work:
+        work.write_text(manifest.to_json(), encoding="utf-8")
     return path
 
 

@@ -8,9 +8,7 @@ streams of the source are left out. Files are written under a temporary name and
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffgap_lightning.atomic import replacing
+
 from .container import decode_errors, open_container, reason, stream_seconds
 from .media import Media, MediaError, MediaLimits, need
 
@@ -26,21 +26,6 @@ from .media import Media, MediaError, MediaLimits, need
 CONTAINERS = {".mp4": ("mp4", "aac"), ".mov": ("mov", "aac"), ".mkv": ("matroska", "aac"), ".webm": ("webm", "libopus")}
 _CHUNK = 0.5  # s of sound that is encoded at a time, so that sound and picture are interleaved in the file
 _OPUS_RATE = 48000  # Hz; the others of its rates would lose what lies above them
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` on success, deleted on any exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def write_wav(path: str | os.PathLike[str], waveform: Tensor, sample_rate: int) -> Path:

@@ -17,6 +17,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -24,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from diffgap_lightning.atomic import commit, naming
 from diffgap_lightning.data.manifest import Block, Shard, check_modality, column_owner
 from diffgap_lightning.data.npy import npy_header
 from diffgap_lightning.data.tar import END, write_member
@@ -96,7 +98,8 @@ class ShardWriter:
         tee = _Tee(file, self._digest)
         for name, array in arrays.items():
             data = np.ascontiguousarray(array)
-            size += write_member(tee, f"{key}.{name}.npy", [npy_header(data), data.reshape(-1).view(np.uint8).data])
+            with naming(self.folder / self._name):
+                size += write_member(tee, f"{key}.{name}.npy", [npy_header(data), data.reshape(-1).view(np.uint8).data])
         rows = tuple(len(arrays.get(m, ())) for m in self.dims)
         self._blocks.append(Block(offset, size, rows, tee.crc))
         self._offset += size
@@ -119,7 +122,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is still buffered may not fit on the disk either
+                self._file.close()
             self._work.unlink(missing_ok=True)
             self._file = None
 
@@ -157,11 +161,12 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._file is None:
             return
-        self._file.write(END)
         self._digest.update(END)
-        self._file.close()
-        self._file = None
-        os.replace(self._work, self.folder / self._name)
+        with naming(self.folder / self._name):
+            self._file.write(END)
+            self._file.close()
+            self._file = None
+            commit(self._work, self.folder / self._name)
         size = self._offset + len(END)
         self.shards.append(Shard(self._name, size, tuple(self._blocks), self._digest.hexdigest()))
 

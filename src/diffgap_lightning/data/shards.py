@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from diffgap_lightning.atomic import replace_folder
 from diffgap_lightning.data.chunks import Layout, table_pairs, table_rows
 from diffgap_lightning.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from diffgap_lightning.data.shard_writer import ShardWriter
@@ -113,7 +114,7 @@ def write_embedding_shards(
         )  # fmt: skip
         write_manifest(work, manifest)
         work.chmod(0o755)
-        _replace(work, folder)
+        replace_folder(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -168,14 +169,3 @@ def _check_free(folder: Path, overwrite: bool) -> None:
             raise ValueError(f"{folder}: holds shards already; choose another folder or overwrite them")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder}: exists, is not empty and holds no {MANIFEST_NAME}; choose an empty or new folder")
-
-
-def _replace(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`; older shards step aside first and are removed after."""
-    if not folder.exists():
-        work.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    folder.rename(aside / "old")
-    work.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)

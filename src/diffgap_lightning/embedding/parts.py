@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffgap_lightning.atomic import replacing
 from diffgap_lightning.data.raw_shards import Skip
 from diffgap_lightning.data.table import EmbeddingTable
 
@@ -149,9 +150,8 @@ def check_same_run(path: Path, run: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    work.write_text(text + "\n", encoding="utf-8")
-    os.replace(work, path)
+    with replacing(path) as work:
+        work.write_text(text + "\n", encoding="utf-8")
 
 
 def _listed(items: Sequence[str], limit: int = 3) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from diffgap_lightning.atomic import replacing
 
 Record = Mapping[str, Any]
 
@@ -88,8 +89,6 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Record]) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file under a temporary name and rename it; a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        file.write(content)
-    Path(file.name).chmod(0o644)
-    return Path(file.name).replace(path)
+    with replacing(path) as work:
+        work.write_bytes(content)
+    return path

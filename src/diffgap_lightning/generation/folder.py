@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffgap_lightning.data.mux import replacing
+from diffgap_lightning.atomic import replacing
 from diffgap_lightning.embedding.parts import check_same_run
 
 RUN_NAME, PAGE_NAME = "run.json", "index.html"

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffgap_lightning.atomic import replacing
 from diffgap_lightning.data.audio import audio_windows
 from diffgap_lightning.data.media import Media, MediaError
-from diffgap_lightning.data.mux import playable_suffix, replacing, write_video_with_audio, write_wav
+from diffgap_lightning.data.mux import playable_suffix, write_video_with_audio, write_wav
 
 from .folder import PAGE_NAME, Record, RunFolder
 from .items import Item

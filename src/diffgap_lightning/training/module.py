@@ -32,6 +32,7 @@ from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
 from diffgap_lightning.training.gallery import Gallery
 from diffgap_lightning.training.measures import gallery_measures, gallery_parts, gallery_values
 from diffgap_lightning.training.objective import Objective, ObjectiveName
+from diffgap_lightning.training.seeded import seeded
 
 Batch = Mapping[str, Tensor]
 _CHECKPOINT_KEY = "diffgap"
@@ -206,15 +207,16 @@ class DiffGAPModule(LightningModule):
         z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
         generator = self._generator(self.seed, self.global_step, batch_idx, self.global_rank)
         shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, self.global_step)
-        parts = {
-            d: self.objective(
-                refiner.cdm_of(*d),
-                z[d[0]][rows], z[d[1]][rows], batch[f"{d[1]}_id"][rows],
-                z[d[1]], batch[f"{d[1]}_id"],
-                self.logit_scale, generator,
-            )
-            for d, rows in shares.items()
-        }  # fmt: skip
+        with seeded(hash((self.seed, self.global_step, batch_idx, self.global_rank, 1)), self.device):
+            parts = {
+                d: self.objective(
+                    refiner.cdm_of(*d),
+                    z[d[0]][rows], z[d[1]][rows], batch[f"{d[1]}_id"][rows],
+                    z[d[1]], batch[f"{d[1]}_id"],
+                    self.logit_scale, generator,
+                )
+                for d, rows in shares.items()
+            }  # fmt: skip
         loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(shares)
         every = max(int(getattr(self.trainer, "log_every_n_steps", 50)), 1)
         if (self.global_step + 1) % every == 0:  # logging costs more than a step
