@@ -104,11 +104,11 @@ class DiffGAPCLI(LightningCLI):
             raise ValueError(f"{message}; see `diffgap {self._command} --help`") from error
         chosen = self.config[self._command]
         folder = chosen["trainer"]["default_root_dir"]
+        self._checkpoint = resolve_checkpoint(chosen["ckpt_path"], folder, self._command)
+        chosen["ckpt_path"] = self._checkpoint
         local = "://" not in str(folder) and not chosen["trainer"].get("fast_dev_run")
         if self._command == "fit" and local and getattr(rank_zero_only, "rank", 0) == 0:
             self._held.enter_context(RunLock(folder))
-        self._checkpoint = resolve_checkpoint(chosen["ckpt_path"], folder, self._command)
-        chosen["ckpt_path"] = self._checkpoint
         if chosen.get("weights_only") is None:
             chosen["weights_only"] = True
 
