@@ -25,6 +25,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -117,6 +118,8 @@ class DiffGAPCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with its checkpoints under the run's folder, written whole, and on a signal too."""
+        if self._command == "fit" and self._get(self.config_init, "trainer")["precision"] is None:
+            kwargs.setdefault("precision", _default_precision(self._get(self.config_init, "trainer")["accelerator"]))
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -135,6 +138,12 @@ class DiffGAPCLI(LightningCLI):
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _default_precision(accelerator: str) -> str:
+    """bfloat16 networks where a GPU computes them faster; spaces, closed forms, losses and ranks stay in float32."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def _unreadable(error: Exception) -> str | None:

@@ -74,6 +74,7 @@ class PairBatches(Dataset[Batch]):
         batch_size: Pairs a step and rank.
         seed: Of the order.
         drop_last: Leave out the last, incomplete step.
+        rows_only: Batches hold row numbers `"<modality>_row"` in place of embeddings and ids; see `resident.py`.
         rank: Of this process, below `world_size`.
         world_size: Number of processes.
     """
@@ -86,6 +87,7 @@ class PairBatches(Dataset[Batch]):
         *,
         seed: int = 0,
         drop_last: bool = True,
+        rows_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -93,6 +95,7 @@ class PairBatches(Dataset[Batch]):
         if not len(self.pairs):
             raise ValueError(f"no id occurs in all of {', '.join(ids)}; choose modalities that have positive pairs")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.rows_only = rows_only
         full, rest = divmod(len(self.pairs), batch_size * world_size)
         self._full_steps = full
         self._last_size = 0 if (drop_last and full) else -(-rest // world_size)
@@ -110,6 +113,8 @@ class PairBatches(Dataset[Batch]):
         start = step * self.batch_size * self.world_size + self.rank * size
         positions = np.arange(start, start + size) % len(self.pairs)
         rows = self.pairs.rows(permuted(positions, len(self.pairs), (self.seed, epoch)))
+        if self.rows_only:
+            return {f"{modality}_row": torch.from_numpy(index) for modality, index in rows.items()}
         batch = {}
         for modality, index in rows.items():
             batch[modality] = _gather(self.embeddings[modality], index)

@@ -36,6 +36,7 @@ class EmbeddingDataModule(TableDataModule):
         drop_last: Leave out the last training step of an epoch where it is incomplete.
         pin_memory: Copy batches to page-locked memory, for a faster way to a GPU.
         predict_split: What `predict_dataloader` reads.
+        resident: Keep the training rows on the device (see `resident.py`); None: on a GPU where they fit.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class EmbeddingDataModule(TableDataModule):
         drop_last: bool = True,
         pin_memory: bool = False,
         predict_split: Split = "test",
+        resident: bool | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers, drop_last, pin_memory, predict_split)
+        super().__init__(batch_size, seed, num_workers, drop_last, pin_memory, predict_split, resident)
         if fold is not None and test_path is not None:
             raise ValueError(f"got fold={fold} and test_path={test_path}; the test split is one or the other")
         if fold is None and val_fold is not None:
@@ -118,6 +120,7 @@ class SyntheticDataModule(TableDataModule):
         drop_last: Leave out the last training step of an epoch where it is incomplete.
         pin_memory: Copy batches to page-locked memory, for a faster way to a GPU.
         predict_split: What `predict_dataloader` reads.
+        resident: Keep the training rows on the device (see `resident.py`); None: on a GPU where they fit.
     """
 
     def __init__(
@@ -133,8 +136,9 @@ class SyntheticDataModule(TableDataModule):
         drop_last: bool = True,
         pin_memory: bool = False,
         predict_split: Split = "test",
+        resident: bool | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers, drop_last, pin_memory, predict_split)
+        super().__init__(batch_size, seed, num_workers, drop_last, pin_memory, predict_split, resident)
         for name, number in {"num_pairs": num_pairs, "num_val": num_val, "num_test": num_test}.items():
             if number < 0:
                 raise ValueError(f"{name}: got {number}, expected 0 or more")

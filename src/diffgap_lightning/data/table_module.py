@@ -7,11 +7,13 @@ its row number. Both are dealt to the ranks here: `Trainer(use_distributed_sampl
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from diffgap_lightning.data.batches import PairBatches, RowBatches, StepLoader, StepSampler
+from diffgap_lightning.data.resident import ResidentRows, fits
 from diffgap_lightning.data.splits import Splits, sample_ids
 from diffgap_lightning.data.table import EmbeddingTable
 
@@ -29,6 +31,7 @@ class TableDataModule(LightningDataModule):
         drop_last: Leave out the last training step of an epoch where it is incomplete.
         pin_memory: Copy batches to page-locked memory, for a faster way to a GPU.
         predict_split: What `predict_dataloader` reads.
+        resident: Keep the training rows on the device (see `resident.py`); None: on a GPU where they fit.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class TableDataModule(LightningDataModule):
         drop_last: bool,
         pin_memory: bool,
         predict_split: Split,
+        resident: bool | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -49,6 +53,8 @@ class TableDataModule(LightningDataModule):
             raise ValueError(f"predict_split: got {predict_split!r}, expected one of {', '.join(SPLITS)}")
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.drop_last, self.pin_memory, self.predict_split = drop_last, pin_memory, predict_split
+        self.resident = resident
+        self._resident_rows: ResidentRows | None = None
         self._splits: Splits = {}
 
     def make_splits(self) -> Splits:
@@ -73,12 +79,14 @@ class TableDataModule(LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """Aligned positive pairs, shuffled anew every epoch."""
         table, (rank, world_size) = self._table("train"), self._place()
+        self._resident_rows = self._on_device(table)
         batches = PairBatches(
             table.embeddings,
             table.ids,
             self.batch_size,
             seed=self.seed,
             drop_last=self.drop_last,
+            rows_only=self._resident_rows is not None,
             rank=rank,
             world_size=world_size,
         )
@@ -95,6 +103,19 @@ class TableDataModule(LightningDataModule):
     def predict_dataloader(self) -> StepLoader:
         """Every row of `predict_split` once over all ranks."""
         return self._row_loader(self.predict_split)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gather a training batch that came as row numbers."""
+        rows = self._resident_rows
+        return batch if rows is None or rows.embeddings.keys() & batch.keys() else rows.gather(batch)
+
+    def _on_device(self, table: EmbeddingTable) -> ResidentRows | None:
+        if self.trainer is None or self.resident is False:
+            return None
+        device = self.trainer.strategy.root_device
+        if self.resident is None and not fits(table.embeddings, device):
+            return None
+        return ResidentRows(table.embeddings, table.ids, device)
 
     def _table(self, split: Split) -> EmbeddingTable:
         if split not in SPLITS:
@@ -119,6 +140,6 @@ class TableDataModule(LightningDataModule):
             batch_size=None,
             sampler=StepSampler(len(batches)),
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pin_memory or (getattr(batches, "rows_only", False) and torch.cuda.is_available()),
             persistent_workers=self.num_workers > 0,
         )

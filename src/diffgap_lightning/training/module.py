@@ -19,7 +19,6 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -32,13 +31,14 @@ from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
 from diffgap_lightning.training.gallery import Gallery
 from diffgap_lightning.training.measures import gallery_measures, gallery_parts, gallery_values
 from diffgap_lightning.training.objective import Objective, ObjectiveName
+from diffgap_lightning.training.recorded import Capture, RecordedTraining
 from diffgap_lightning.training.seeded import seeded
 
 Batch = Mapping[str, Tensor]
 _CHECKPOINT_KEY = "diffgap"
 
 
-class DiffGAPModule(LightningModule):
+class DiffGAPModule(RecordedTraining):
     """Bidirectional training of a `DiffGAPRefiner`.
 
     Args:
@@ -68,6 +68,8 @@ class DiffGAPModule(LightningModule):
         seed: Of the training noise and of the validation's samples.
         max_rows: Rows of each modality on which the closed forms are measured.
         few_pairs: See `DiffGAPRefiner.measure`.
+        capture: On a GPU, `"auto"` records training steps as CUDA graphs; see `recorded.py`.
+        compile: Fuse the small operations of a loss with `torch.compile`. The first steps take a minute.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class DiffGAPModule(LightningModule):
         seed: int = 0,
         max_rows: int = 100_000,
         few_pairs: int = 2000,
+        capture: Capture = "auto",
+        compile: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(capture)
         # Settings come from the caller or the YAML, never from a checkpoint, so no hyper-parameters are saved.
         self.pairs = None if pairs is None else [(s, t) for s, t in pairs]
         self.choices: dict[str, Any] = {
@@ -109,6 +113,7 @@ class DiffGAPModule(LightningModule):
         self.objective = Objective(
             objective, loss_weighting, contrastive_weight, condition_dropout, condition_noise, share_of_noise
         )
+        self._loss = torch.compile(self.objective.loss, dynamic=False) if compile else self.objective.loss
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
@@ -160,6 +165,7 @@ class DiffGAPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the refiner's configuration beside its weights."""
+        super().on_save_checkpoint(checkpoint)
         if self.refiner is not None:
             checkpoint[_CHECKPOINT_KEY] = {"schema_version": 1, "refiner": asdict(self.refiner.config)}
 
@@ -204,25 +210,33 @@ class DiffGAPModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of aligned pairs, summed over the directions that share it."""
         refiner = self._ready()
-        z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
-        generator = self._generator(self.seed, self.global_step, batch_idx, self.global_rank)
-        shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, self.global_step)
-        with seeded(hash((self.seed, self.global_step, batch_idx, self.global_rank, 1)), self.device):
-            parts = {
-                d: self.objective(
-                    refiner.cdm_of(*d),
-                    z[d[0]][rows], z[d[1]][rows], batch[f"{d[1]}_id"][rows],
-                    z[d[1]], batch[f"{d[1]}_id"],
-                    self.logit_scale, generator,
-                )
-                for d, rows in shares.items()
-            }  # fmt: skip
-        loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(shares)
+        key = (self.seed, self.global_step, batch_idx, self.global_rank)
+        self._generator(*key)
+        rows = {name: batch[name] for m in refiner.space.modalities for name in (m, f"{m}_id")}
+        step = self._whole_step or self.losses
+        with seeded(hash((*key, 1)), self.device):
+            parts = step(rows, self.global_step % len(refiner.directions))
         every = max(int(getattr(self.trainer, "log_every_n_steps", 50)), 1)
         if (self.global_step + 1) % every == 0:  # logging costs more than a step
-            named = {f"train/{name}/{s}_to_{t}": v for (s, t), p in parts.items() for name, v in p.items()}
-            self.log_dict({"train/loss": loss.detach(), **named}, batch_size=1)
-        return loss
+            self.log_dict({f"train/{name}": x.detach().clone() for name, x in parts.items()}, batch_size=1)
+        return parts["loss"]
+
+    def losses(self, batch: Batch, kind: int) -> dict[str, Tensor]:
+        """`"loss"` and its parts; `kind` is the step's number, modulo the number of directions."""
+        refiner, generator = self._ready(), self._generators[self.device]
+        z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
+        shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, kind)
+        parts = {}
+        for (s, t), rows in shares.items():
+            condition, x0, ids = z[s][rows], z[t][rows], batch[f"{t}_id"]
+            draws = self.objective.draw(condition, x0, generator)
+            parts[s, t] = self._loss(refiner.cdm_of(s, t), condition, x0, ids[rows], z[t], ids, self.logit_scale, draws)
+        loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(shares)
+        return {"loss": loss} | {f"{name}/{s}_to_{t}": x for (s, t), p in parts.items() for name, x in p.items()}
+
+    def generators(self) -> list[torch.Generator]:
+        """The one that `losses` draws from, which `training_step` has seeded."""
+        return [self._generator(self.seed)]
 
     def _idle_parameters(self, shares: Mapping[Direction, slice]) -> Tensor:
         """Zero, of every parameter that this step leaves out: DDP would wait for their gradients."""

@@ -10,7 +10,7 @@ contrastive diffusion module out: the ablation's other arm is the same code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from diffgap_lightning.diffusion.guidance import keep_condition
 from diffgap_lightning.losses import Weighting, contrastive_loss, denoising_loss, noise_rows, stratified_times
 
 ObjectiveName = Literal["diffusion", "regression"]
+
+
+class Draws(NamedTuple):
+    """What is random in the loss of one batch.
+
+    Attributes:
+        t: Times `(B,)`; the first rows are at t = 1.
+        eps: Noise, of the targets' shape.
+        condition_noise: Noise added to the conditions, of their shape; None for none.
+        keep: `(B,)` bool, False where the condition is dropped.
+    """
+
+    t: Tensor
+    eps: Tensor
+    condition_noise: Tensor | None
+    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,11 @@ class Objective:
         if self.contrastive_weight > 0 and self.share_of_noise == 0 and self.name == "diffusion":
             raise ValueError("share_of_noise: got 0, but contrastive_weight > 0 needs rows at t = 1; raise it or set 0")
 
+    @property
+    def _share(self) -> float:
+        """Share of the rows at t = 1."""
+        return 1.0 if self.name == "regression" else self.share_of_noise
+
     def __call__(
         self,
         cdm: ContrastiveDiffusion,
@@ -80,18 +101,39 @@ class Objective:
         Returns:
             Scalars `"loss"` and `"denoising"`, and `"contrastive"` where it counts.
         """
-        size, device = len(x0), x0.device
-        share = 1.0 if self.name == "regression" else self.share_of_noise
-        t = stratified_times(size, share, generator, device)
-        first = noise_rows(size, share)
+        draws = self.draw(condition, x0, generator)
+        return self.loss(cdm, condition, x0, ids, gallery, gallery_ids, logit_scale, draws)
+
+    def draw(self, condition: Tensor, x0: Tensor, generator: torch.Generator | None) -> Draws:
+        """Draw for a batch; arguments as for `__call__`."""
+        size, device, noise = len(x0), x0.device, None
+        t = stratified_times(size, self._share, generator, device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
+        if self.condition_noise > 0:
+            noise = self.condition_noise * torch.randn(condition.shape, generator=generator, device=device)
+        keep = keep_condition(size, self.condition_dropout, generator, device)
+        keep[: noise_rows(size, self._share)] = True
+        return Draws(t, eps, noise, keep)
+
+    def loss(
+        self,
+        cdm: ContrastiveDiffusion,
+        condition: Tensor,
+        x0: Tensor,
+        ids: Tensor,
+        gallery: Tensor,
+        gallery_ids: Tensor,
+        logit_scale: Tensor,
+        draws: Draws,
+    ) -> dict[str, Tensor]:
+        """`__call__` without its randomness: a function that can be compiled."""
+        t, eps, condition_noise, keep = draws
+        size = len(x0)
+        first = noise_rows(size, self._share)
         x_t = cdm.schedule.add_noise(x0, eps, t)
         x_t[:first] = 0.0
-        if self.condition_noise > 0:
-            noise = torch.randn(condition.shape, generator=generator, device=device)
-            condition = condition + self.condition_noise * noise
-        keep = keep_condition(size, self.condition_dropout, generator, device)
-        keep[:first] = True
+        if condition_noise is not None:
+            condition = condition + condition_noise
         estimate = cdm(x_t, t, condition, keep)
         # Weights of eps and min-SNR vanish at t = 1: the rows of the posterior mean always count as errors of x0.
         log_snr = cdm.schedule.log_snr(t)
