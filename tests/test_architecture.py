@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "refiner": BASE
     | {"diffusion", "space", "refiner_config", "calibration", "measuring", "together", "uncertainty", "novelty"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
-    "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
+    "integrations": BASE | {"refiner", "refiner_config", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},
     "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting", "data", "encoders"},
 }

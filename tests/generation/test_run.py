@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def test_another_run_or_another_folder_is_refused(tmp_path: Path, sound_refiner:
         RunFolder(tmp_path / "mine" / "thesis.txt", {}).prepare()
     RunFolder(tmp_path / "out", {"other": 1}).prepare(overwrite=True)
     assert set(contents(tmp_path / "out")) == {"run.json", "index.html"}
+    RunFolder(tmp_path / "out", {"other": 2}).prepare()  # the other one finished nothing, e.g. its only video was bad
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == {"other": 2}
 
 
 def test_bad_videos_are_left_out_and_named(

@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 from diffgap_lightning.bridges import IdentityBridge
 from diffgap_lightning.integrations import attach
 from diffgap_lightning.integrations.audioldm import load_audioldm, repaired
+from diffgap_lightning.integrations.seam import override
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 pytestmark = [
@@ -139,7 +140,7 @@ def readable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("per_candidate", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"batchsize": 2}, {"n_candidate_gen_per_text": 3}, {"batchsize": 2, "guidance_scale": 1.0}],
+    [{"batchsize": 2}, {"n_candidate_gen_per_text": 4}, {"batchsize": 2, "guidance_scale": 1.0}],
     ids=["batch", "candidates", "unguided"],
 )
 def test_an_identity_changes_no_bit(
@@ -170,6 +171,35 @@ def test_only_the_conditional_half_is_refined(
     expected = refiner.refine(text, source="text", target="audio", strength=0.5, generator=noise)
     assert torch.equal(seen[n:, 0], expected if per_candidate else expected.expand(n, -1))
     assert len(seen[n:].unique(dim=0)) == (n if per_candidate else 1)
+
+
+def test_the_refined_condition_is_heard(model: Any, refiner: DiffGAPRefiner, identity: IdentityBridge) -> None:
+    """The package generates with averaged weights: they must hear the condition, or comparing sounds proves nothing."""
+    with repaired(model):
+        plain, condition = generate(model)
+    with attach(identity, model, strength=0):
+        same, _ = generate(model)
+    with attach(refiner, model, strength=0):
+        refined, seen = generate(model)
+    np.testing.assert_array_equal(same, plain)
+    assert np.abs(refined - plain).std() > 1e-3 * plain.std()
+    encode = model.get_learned_conditioning  # draws from the global generator, as the sampler does after it
+    with repaired(model), override(model, "get_learned_conditioning", lambda c: seen[1:] if len(encode(c)) else c):
+        np.testing.assert_array_equal(generate(model)[0], refined)
+    assert torch.equal(seen[:1], condition[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_identity_changes_no_bit_under_autocast(model: Any, identity: IdentityBridge, dtype: torch.dtype) -> None:
+    """Half of a model's weights fail in the package; autocast works, but NumPy takes no bfloat16 from the vocoder."""
+    found = []
+    with torch.autocast("cpu", dtype), override(model, "mel_spectrogram_to_waveform", lambda mel: mel.float().numpy()):
+        for attached in (repaired(model), attach(identity, model, strength=0)):
+            with attached:
+                found.append(generate(model))
+    (expected, condition), (spectrogram, seen) = found
+    assert torch.equal(seen, condition)
+    np.testing.assert_array_equal(spectrogram, expected)
 
 
 def test_reranking_gets_the_prompt_itself(model: Any, refiner: DiffGAPRefiner) -> None:

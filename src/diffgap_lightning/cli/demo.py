@@ -7,7 +7,7 @@ ssh -L 7860:127.0.0.1:7860 gpu-machine              from elsewhere: the server i
 from __future__ import annotations
 
 from diffgap_lightning.cli.arguments import ArgumentParser
-from diffgap_lightning.cli.generate import (
+from diffgap_lightning.cli.sound_arguments import (
     add_model_arguments,
     add_sound_arguments,
     build_renderer,

@@ -43,7 +43,7 @@ class RunFolder:
         self.run: dict[str, Any] = json.loads(json.dumps(run))
 
     def check(self, overwrite: bool = False) -> None:
-        """Refuse a folder that is not this run's to write.
+        """Refuse a folder that is not this run's to write; a run that finished nothing does not hold its folder.
 
         Args:
             overwrite: Another run's folder is.
@@ -55,7 +55,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: exists and is not a folder; use another --out")
         if marker.is_file():
-            if not overwrite:
+            if not overwrite and any((self.path / "records").glob("*.json")):
                 check_same_run(marker, self.run)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path}: is not empty and holds no {RUN_NAME}; use an empty or new folder as --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
@@ -47,6 +48,12 @@ class GenerationSettings:
             raise ValueError(f"seconds: got {self.seconds}, expected more than 0 and at most 3600")
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps: got {self.num_steps}, expected at least 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, expected a finite number")
+        if self.window is not None and not 0 < self.window < math.inf:
+            raise ValueError(f"window: got {self.window} s, expected more than 0")
+        if self.crossfade is not None and not 0 <= self.crossfade < math.inf:
+            raise ValueError(f"crossfade: got {self.crossfade} s, expected at least 0")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -6,12 +6,15 @@ is in: a run that was stopped goes on with the same embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from diffgap_lightning.refiner_config import Start
 
 
 class Refines(Protocol):
@@ -31,12 +34,26 @@ class RefineOptions:
         num_steps: The refiner's sampler steps.
         guidance_scale: The refiner's.
         start: `"posterior_mean"` or `"source"`.
+
+    Raises:
+        ValueError: one of them is out of range.
     """
 
     strength: float | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
     start: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the refiner."""
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(f"strength: got {self.strength}, expected 0 (the start itself) to 1 (pure noise)")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps: got {self.num_steps}, expected at least 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, expected a finite number")
+        if self.start is not None and self.start not in get_args(Start):
+            raise ValueError(f"start: got {self.start!r}, expected one of {', '.join(get_args(Start))}")
 
 
 def refine_rows(
