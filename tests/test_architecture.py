@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "novelty": BASE | {"space"},
     "product": BASE | {"diffusion", "cdm"},
     "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
+    "prepared": BASE | {"diffusion", "denoiser", "refiner_config"},
     "refiner_base": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"}
     | {"hubness", "closed_forms", "refiner_config"},
@@ -48,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": BASE | {"fusion", "mixture_denoiser", "refiner_config", "scoring"},
     "measuring": BASE | {"calibration", "closed_forms", "fusion", "novelty", "refiner_config", "space"},
     "refiner": BASE
-    | {"diffusion", "space", "refiner_config", "calibration", "measuring", "together", "uncertainty", "novelty"},
+    | {"diffusion", "space", "refiner_config", "calibration", "measuring", "together", "uncertainty", "novelty"}
+    | {"prepared"},
     "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
     "integrations": BASE | {"refiner", "refiner_config", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},

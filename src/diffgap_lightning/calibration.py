@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from diffgap_lightning.fusion import PSEUDO_QUERIES, fit_weights
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
-from diffgap_lightning.refiner_config import Direction, Start, direction_name
+from diffgap_lightning.refiner_config import Direction, Start, check_start, direction_name
 from diffgap_lightning.scoring import Scorer
 
 TOLERANCE = 1.645  # standard errors, one-sided 5 %: by how much a bridge must win to be preferred
@@ -36,24 +35,27 @@ class CalibratedRefiner(Scorer):
 
     def start_of(self, rows: Tensor, source: str, target: str, start: Start) -> Tensor:
         """Offset from the target's centroid `(B, D_t)` at which refining starts."""
-        if start not in get_args(Start):
-            raise ValueError(f"start: got {start!r}, expected one of {', '.join(get_args(Start))}")
+        check_start(start)
         if start == "posterior_mean":
             return self.config.restore[direction_name(source, target)] * self._blend(rows, source, target)
         self.space.shift(rows[:1], source, target)  # refuses unequal dimensions
         return self.space.centre(rows, source)
 
+    def blend_of(self, source: str, target: str) -> float:
+        """Share of the centred source in a posterior-mean start."""
+        if self.config.dims[source] != self.config.dims[target]:
+            return 0.0
+        if self.config.blend is not None:
+            return self.config.blend
+        closed_form = self.cdm_of(source, target).closed_form
+        linear = len(closed_form.anchors) == 0 and not isinstance(closed_form, MixtureDenoiser)
+        return _BLEND if linear else 0.0
+
     def _blend(self, rows: Tensor, source: str, target: str) -> Tensor:
         """Posterior mean and, where the dimensions are equal, centred source: an offset `(B, D_t)`."""
         mean = self.cdm_of(source, target).posterior_mean(self.whole(self.space.encode(rows, source)))
         offset = self.space.offset(mean.flatten(0, -2), target)
-        if self.config.dims[source] != self.config.dims[target]:
-            return offset
-        blend = self.config.blend
-        if blend is None:
-            closed_form = self.cdm_of(source, target).closed_form
-            linear = len(closed_form.anchors) == 0 and not isinstance(closed_form, MixtureDenoiser)
-            blend = _BLEND if linear else 0.0
+        blend = self.blend_of(source, target)
         return offset if blend == 0 else (1 - blend) * offset + blend * self.space.centre(rows, source)
 
     def calibrate(self, embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,12 @@ Start = Literal["posterior_mean", "source"]
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm"]
 
 
+def check_start(start: str) -> None:
+    """Refuse an unknown start with a `ValueError`."""
+    if start not in get_args(Start):
+        raise ValueError(f"start: got {start!r}, expected one of {', '.join(get_args(Start))}")
+
+
 def direction_name(source: str, target: str) -> str:
     """How a direction, or a pair, is named in a configuration."""
     return f"{source}->{target}"
