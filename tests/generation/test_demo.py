@@ -149,7 +149,9 @@ def test_a_prompt_and_a_real_video_in_a_browser(address: str, browser: Any, shar
     page.send("DOM.setFileInputFiles", nodeId=node, files=[str(video)])
     page.evaluate(seen("#video-in video"))
     page.evaluate("document.querySelector('#make-video').click()")
-    assert "posterior mean only" in page.evaluate(seen("#similarities-video table"))
+    table = page.evaluate(seen("#similarities-video table"))
+    assert "posterior mean only" in table
+    assert "sound to video, the refiner's score" in table
     for duration, width in page.evaluate(VIDEOS):
         assert duration == pytest.approx(10, abs=0.05)
         assert width > 0

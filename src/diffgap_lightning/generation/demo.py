@@ -46,7 +46,7 @@ class Demo:
             raise ValueError(f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT} are taken.")
         item = text_item(prompt)
         sounds = self._adjusted(strength, seed).texts([item.text], [item.key])[0]
-        return sounds, self.similarities(sounds)
+        return sounds, self.similarities(sounds, "prompt")
 
     def video(self, path: str, strength: float, seed: float) -> tuple[list[Path], list[Sound], str]:
         """Videos with the sound of each version, the sounds, and the table of similarities.
@@ -68,10 +68,10 @@ class Demo:
             )
             for sound in sounds
         ]  # fmt: skip
-        return files, sounds, self.similarities(sounds)
+        return files, sounds, self.similarities(sounds, "video")
 
-    def similarities(self, sounds: Sequence[Sound]) -> str:
-        """A Markdown table: of conditions to the centre of audio embeddings, and of sounds as the scorer says."""
+    def similarities(self, sounds: Sequence[Sound], asked: str) -> str:
+        """A Markdown table: of conditions to the centre of audio embeddings, and of sounds to what was `asked` for."""
         names = " | ".join(VERSIONS[sound.version] for sound in sounds)
         lines = [f"| similarity | {names} |", "|---|" + "---|" * len(sounds)]
         if self.renderer.refiner is not None:
@@ -79,7 +79,7 @@ class Demo:
             values = [float(torch.cosine_similarity(s.conditions, centre[None], dim=1).mean()) for s in sounds]
             lines.append(_row("condition to the centre of audio embeddings", values))
         for name in [name for name in SCORES if all(name in sound.scores[0] for sound in sounds)]:
-            label = {"clap": "sound to prompt (CLAP)", "refiner": "sound to prompt, the refiner's score"}[name]
+            label = {"clap": f"sound to {asked} (CLAP)", "refiner": f"sound to {asked}, the refiner's score"}[name]
             lines.append(_row(label, [sound.scores[0][name] for sound in sounds]))
         return "\n".join(lines)
 

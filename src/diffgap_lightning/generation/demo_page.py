@@ -27,6 +27,11 @@ from .spectrogram import spectrogram_pngs
 
 HOST = "127.0.0.1"
 _FONTS = ["system-ui", "sans-serif"]
+# A picture takes the height that its width asks for, also on a phone; words of the tables stay whole.
+_CSS = """
+.picture, .picture * { height: auto !important; min-height: 0; }
+.similarities th, .similarities td { overflow-wrap: normal; word-break: normal; hyphens: none; }
+"""
 
 
 def build_demo(renderer: Renderer, folder: Path) -> Any:
@@ -83,7 +88,7 @@ def _text_tab(gr: Any, demo: Demo, strength: Any, seed: Any) -> None:
                     )
                 )
                 outputs.append(_picture(gr, version))
-    table = gr.Markdown(elem_id="similarities-text")
+    table = gr.Markdown(elem_id="similarities-text", elem_classes="similarities")
 
     def make(text: str, strength: float, seed: float) -> list[Any]:
         sounds, similarities = demo.text(text, strength, seed)
@@ -109,7 +114,7 @@ def _video_tab(gr: Any, demo: Demo, strength: Any, seed: Any) -> None:
                     gr.Video(label=VERSIONS[version], interactive=False, elem_id=f"video-{version}", height=300)
                 )
                 outputs.append(_picture(gr, version))
-    table = gr.Markdown(elem_id="similarities-video")
+    table = gr.Markdown(elem_id="similarities-video", elem_classes="similarities")
 
     def make(path: str, strength: float, seed: float) -> list[Any]:
         files, sounds, similarities = demo.video(path, strength, seed)
@@ -179,7 +184,7 @@ def launch(app: Any, port: int | None = None, max_megabytes: float = 100.0) -> s
     _, url, _ = app.launch(
         server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
         show_error=False, max_file_size=int(max_megabytes * 1e6), theme=theme, footer_links=[], ssr_mode=False,
-        enable_monitoring=False, pwa=False,
+        enable_monitoring=False, pwa=False, css=_CSS,
     )  # fmt: skip
     return url
 
@@ -198,7 +203,12 @@ def _strength(renderer: Renderer) -> float:
 
 def _picture(gr: Any, version: str) -> Any:
     return gr.Image(
-        show_label=False, interactive=False, height=220, elem_id=f"picture-{version}", buttons=[], container=False
+        show_label=False,
+        interactive=False,
+        elem_id=f"picture-{version}",
+        elem_classes="picture",
+        buttons=[],
+        container=False,
     )
 
 
