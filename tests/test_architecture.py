@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "refiner_base": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"}
     | {"hubness", "closed_forms", "refiner_config"},
-    "scoring": BASE | {"bridges", "closed_forms", "fusion", "refiner_base", "refiner_config"},
+    "scoring": BASE | {"bridges", "closed_forms", "fusion", "mixture_denoiser", "refiner_base", "refiner_config"},
     "calibration": BASE | {"fusion", "mixture_denoiser", "refiner_config", "scoring"},
     "measuring": BASE | {"calibration", "closed_forms", "fusion", "novelty", "refiner_config", "space"},
     "refiner": BASE

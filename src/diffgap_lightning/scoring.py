@@ -19,13 +19,16 @@ from diffgap_lightning.bridges import Bridge
 from diffgap_lightning.closed_forms import HUB_BRIDGE
 from diffgap_lightning.functional.precision import full_float32
 from diffgap_lightning.fusion import fuse
+from diffgap_lightning.mixture_denoiser import MixtureDenoiser
 from diffgap_lightning.refiner_base import RefinerBase
 from diffgap_lightning.refiner_config import Direction, direction_name
 
 # Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
-# correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest.
+# correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest; of many, on
+# which a mixture of concepts was found, its log-likelihood ratio (in nats) beside canonical correlations.
 _PRIOR_WEIGHTS = {"restored": 1.0, "centre": 0.5, "cca": 0.3, "mixture": 0.05, "forward": 0.2, "backward": 0.2}
 _FEW_PRIOR_WEIGHTS = {"forward": 1.0, "backward": 0.5, "centre": 1.0, "hub": 1.25}
+_MANY_PRIOR_WEIGHTS = {"cca": 1.0, "mixture": 0.03, "forward": 0.1, "backward": 0.1}
 
 
 class Scorer(RefinerBase):
@@ -87,9 +90,14 @@ class Scorer(RefinerBase):
 
     def prior_weights(self, pair: Direction) -> dict[str, float]:
         """Weights of a pair's components before any are fitted."""
-        kernel = all(len(self.cdm_of(*d).closed_form.anchors) > 0 for d in (pair, pair[::-1]))
+        closed_forms = [self.cdm_of(*d).closed_form for d in (pair, pair[::-1])]
+        prior = _PRIOR_WEIGHTS
+        if all(len(closed_form.anchors) > 0 for closed_form in closed_forms):
+            prior = _FEW_PRIOR_WEIGHTS
+        elif all(isinstance(closed_form, MixtureDenoiser) for closed_form in closed_forms):
+            prior = _MANY_PRIOR_WEIGHTS
         usable = {*self.bridges, "forward", "backward", *(["hub"] if direction_name(*pair) in self.hubs else [])}
-        return {k: w for k, w in (_FEW_PRIOR_WEIGHTS if kernel else _PRIOR_WEIGHTS).items() if k in usable}
+        return {k: w for k, w in prior.items() if k in usable}
 
     def pair_of(self, source: str, target: str) -> Direction:
         """The pair, as the configuration names it, that a direction belongs to.
