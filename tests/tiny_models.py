@@ -6,8 +6,9 @@
     laion_checkpoint(path)           a checkpoint file as LAION publishes them, for a one-layer text tower
     transformers_clap(folder)        ClapModel, feature extractor and tokenizer, as `save_pretrained` writes them
     open_clip_folder(folder)         open_clip_config.json beside open_clip_model.safetensors
+    cavp_checkpoint(path)            a checkpoint file as Diff-Foley publishes it, for towers of 4 channels
 
-With `real_size=True` the last three have the towers of the published models, for measuring speed.
+With `real_size=True` those of CLAP and open_clip have the towers of the published models, for measuring speed.
 Tests get this module from the fixture `tiny_models`. Weights are drawn wide enough that rows differ (random
 transformers map all texts to nearly the same vector) and not so wide that rounding decides where a row lies.
 """
@@ -210,3 +211,19 @@ def open_clip_folder(folder: Path, seed: int = 0, real_size: bool = False, **pre
         {k: v.clone().contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
     return folder
+
+
+@torch.no_grad()
+def cavp_checkpoint(path: Path, dim: int = 16, width: int = 4) -> Path:
+    """Write random weights whose batch normalisations have seen noise, without which all rows are nearly one vector."""
+    from diffgap_lightning.encoders.cavp_model import random_model
+
+    model = random_model(0, dim, width).train()
+    generator = torch.Generator().manual_seed(0)
+    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        norm.momentum = None  # the mean over all batches
+    scale = torch.rand(4, 1, 1, 1, 1, generator=generator)
+    model.encode_video(scale * torch.rand(4, 4, 3, 64, 64, generator=generator), pool=False)
+    model.encode_spec(scale[..., 0, 0] * torch.rand(4, 128, 64, generator=generator), pool=False)
+    torch.save({"state_dict": model.state_dict()}, path)
+    return path

@@ -9,12 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from diffgap_lightning.cli.main import main
 from diffgap_lightning.data.shard_index import open_shards
 from diffgap_lightning.data.shard_verify import verify_shards
-from diffgap_lightning.encoders.cavp_model import random_model
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 pytest.importorskip("av", reason="needs the extra media")
@@ -43,8 +41,7 @@ def flags(name: str, tiny_models: ModuleType, folder: Path) -> list[str]:
         tokenizer = tiny_models.roberta_tokenizer(folder / "tokenizer")
         return ["--encoder.checkpoint", str(checkpoint), "--encoder.tokenizer", str(tokenizer)]
     if name == "cavp":
-        torch.save({"state_dict": random_model(0, dim=32, width=4).state_dict()}, folder / "cavp.ckpt")
-        return ["--encoder.checkpoint", str(folder / "cavp.ckpt")]
+        return ["--encoder.checkpoint", str(tiny_models.cavp_checkpoint(folder / "cavp.ckpt"))]
     make: Callable[[Path], Path] = {
         "transformers-clap": tiny_models.transformers_clap,
         "open-clip": tiny_models.open_clip_folder,

@@ -25,6 +25,7 @@ def model_files(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactor
         "clap": lambda: tiny_models.transformers_clap(folder / "clap"),
         "clap-fusion": lambda: tiny_models.transformers_clap(folder / "clap-fusion", fusion=True),
         "open-clip": lambda: tiny_models.open_clip_folder(folder / "open-clip"),
+        "cavp": lambda: tiny_models.cavp_checkpoint(folder / "cavp.ckpt"),
     }
 
     def get(name: str) -> Path:
@@ -35,7 +36,7 @@ def model_files(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactor
     return get
 
 
-PACKAGES = {"laion": "laion_clap", "clap": "transformers", "open": "open_clip"}
+PACKAGES = {"laion": "laion_clap", "clap": "transformers", "open": "open_clip", "cavp": "torchaudio"}
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +65,10 @@ def build(name: str, model_files: Callable[[str], Path]) -> Any:
         from diffgap_lightning.encoders.transformers_clap import TransformersClapEncoder
 
         return TransformersClapEncoder(path)
+    if name == "cavp":
+        from diffgap_lightning.encoders.cavp import CavpEncoder
+
+        return CavpEncoder(path)
     from diffgap_lightning.encoders.open_clip import OpenClipEncoder
 
     return OpenClipEncoder(path)

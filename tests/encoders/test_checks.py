@@ -134,7 +134,7 @@ def test_unknown_modalities_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["laion", "laion-fusion", "clap", "clap-fusion", "open-clip"])
+@pytest.mark.parametrize("name", ["laion", "laion-fusion", "clap", "clap-fusion", "open-clip", "cavp"])
 def test_the_encoders_that_ship_pass(name: str, tiny_encoder: Callable[[str], Any]) -> None:
     failed = [c for c in run_checks(tiny_encoder(name)) if not c.ok]
     assert not failed
