@@ -4,12 +4,12 @@
     python benchmarks/encoders.py FOLDER_OF_CLIPS --device cuda --copies 64 --workers 8
     python benchmarks/encoders.py FOLDER_OF_CLIPS --tiny                          in half a minute, to see that it runs
 
-First table, clips a second: `decode` turns an mp4 into the encoder's sample rate or frame rate, `prepare` is the
+Rows of the table, clips a second: `decode` turns an mp4 into the encoder's sample rate or frame rate, `prepare` is the
 encoder's `transform`, and `network` is `embed_*` on what that gives. On the CPU all three are per second of processor
 time of one thread, so that a busy machine does not change them much; on a GPU the network is per second of wall time.
 
-Second table, wall time of `diffgap embed`'s engine over the same clips: `serial` without a decoding process, of which
-`outside` is the share not spent in `embed_*`; `parallel` with `--workers` of them. `at once` is the time in which
+Below each encoder, wall time of `diffgap embed`'s engine over the same clips: `serial` without a decoding process, of
+which `outside` is the share not spent in `embed_*`; `parallel` with `--workers` of them. `at once` is the time in which
 decoding and network both ran, of the time that the shorter of them took: 100 % is perfect, and about one batch is lost
 at either end. It is measured from the times at which each began and ended, so that it also holds on a busy machine.
 
@@ -227,12 +227,13 @@ def main() -> None:
             row = found["rates"][modality] = rates(encoder, modality, paths, args.seconds)
             cells = "".join("         -" if value is None else f"{value:10.1f}" for value in row.values())
             print(f"{name + ' ' + modality:<26}{cells}", flush=True)
-        found["engine"] = overlap(encoder, clips, args)
+        e = found["engine"] = overlap(encoder, clips, args)
+        print(
+            f"{name} engine, {len(clips)} clips: serial {e['serial']:.1f} s, of which outside {e['outside']:.0%}; "
+            f"parallel {e['parallel']:.1f} s; at once {e['at_once']:.0%}",
+            flush=True,
+        )
         result["encoders"][name] = found
-    print(f"\n{f'engine, {len(clips)} clips':<26}{'serial':>10}{'outside':>10}{'parallel':>10}{'at once':>10}")
-    for name, found in result["encoders"].items():
-        e = found["engine"]
-        print(f"{name:<26}{e['serial']:8.1f} s{e['outside']:10.0%}{e['parallel']:8.1f} s{e['at_once']:10.0%}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
