@@ -2,9 +2,10 @@
 
     python runs.py        reads a job a line, answers with a line
 
-A job is a dict: `argv` of `diffgap`, and where wanted `world` (that many gloo ranks), `env`, `probe` (see `Probe`) and
-`log`: FOLDER/NAME, where rank r writes what it saw to `NAME.r.jsonl` and its output to `NAME.r.out`. The answer is the
-list of the ranks' exit statuses as `subprocess` counts them: negative for a signal.
+A job is a dict: `argv` of `diffgap`, or of the function that `call` names as [FILE, FUNCTION]; where wanted `world`
+(that many gloo ranks), `env`, `probe` (see `Probe`); and `log`: FOLDER/NAME, where rank r writes what it saw to
+`NAME.r.jsonl` and its output to `NAME.r.out`. The answer is the list of the ranks' exit statuses as `subprocess` counts
+them: negative for a signal.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -156,7 +158,10 @@ def fork(job: Job, rank: int, env: dict[str, str]) -> int:
         from diffgap_lightning.cli.main import main
 
         rank_zero_only.rank = rank  # set once when Lightning was imported
-        main(job["argv"])
+        if "call" in job:
+            runpy.run_path(job["call"][0])[job["call"][1]](*job["argv"])
+        else:
+            main(job["argv"])
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)

@@ -81,6 +81,7 @@ class DiffGAPRefiner(CalibratedRefiner):
         start: Start | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
         per_frame: bool = False,
     ) -> Tensor:
@@ -100,6 +101,8 @@ class DiffGAPRefiner(CalibratedRefiner):
             start: `"posterior_mean"` or `"source"`.
             sampler: `"dpmpp_2m"`, `"ddim"` or `"ddpm"`.
             generator: Source of the noise; on its own device or the embedding's.
+            noise: What the start is noised with instead of drawing it: standard normal `(B, R_target)`, or
+                `(B, T, R_target)`, R being the configuration's `ranks`; a row's samples follow each other.
             present: With several sources, source to `(B,)` bool: which rows have it. See `together.py`.
             per_frame: Refine every frame of sequences as an embedding of its own.
 
@@ -119,6 +122,8 @@ class DiffGAPRefiner(CalibratedRefiner):
                 raise ValueError(
                     f"source: got {source!r} beside several sources, expected none: the mapping names them"
                 )
+            if noise is not None:
+                raise ValueError("noise: got some beside several sources, expected a generator")
             if self.config.frames or per_frame:
                 raise ValueError("sequences: got several sources, expected one; refine from each alone")
             return refine_together(
@@ -140,7 +145,10 @@ class DiffGAPRefiner(CalibratedRefiner):
             condition = self.whole(self.space.encode(rows, source)).repeat_interleave(num_samples, 0)
             denoise = cdm.denoiser(condition, 1.0 if guidance_scale is None else guidance_scale)
             z = self.space.coordinates(offset, target)
-            noisy = cdm.schedule.add_noise(z, _randn_like(z, generator), times[:1].expand(len(z)))
+            noise = _randn_like(z, generator) if noise is None else noise.to(z.device, z.dtype)
+            if noise.shape != z.shape:
+                raise ValueError(f"noise: got {tuple(noise.shape)}, expected {tuple(z.shape)}")
+            noisy = cdm.schedule.add_noise(z, noise, times[:1].expand(len(z)))
             clean = sample_named(sampler or config.sampler, denoise, noisy, cdm.schedule, times, generator)
             # What lies outside the basis is not diffused: it stays what the start has there.
             offset = offset + self.space.offset(clean - z, target)

@@ -156,6 +156,11 @@ def _unreadable(error: Exception) -> str | None:
     return None
 
 
+def _lost_rank(error: Exception) -> bool:
+    """Whether an error is about the connection between ranks."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def _run(command: str, argv: list[str]) -> int:
     """Run one command; Lightning's ways to fail become those of `cli.main`."""
     _hush()
@@ -163,6 +168,13 @@ def _run(command: str, argv: list[str]) -> int:
         DiffGAPCLI(command, argv)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if not _lost_rank(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"another rank ended, or the network to it did: its own output says why ({reason})"
+        ) from error
     except SIGTERMException as stop:  # Lightning's own says 0, which would mean success
         return int(stop.code or 128 + signal.SIGTERM)
     except SystemExit as stop:

@@ -110,8 +110,9 @@ class PairBatches(Dataset[Batch]):
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         size = self.batch_size if step < self._full_steps else self._last_size
-        start = step * self.batch_size * self.world_size + self.rank * size
-        positions = np.arange(start, start + size) % len(self.pairs)
+        # Every W-th pair of the step: with as many rows in all, one process would have them in one batch.
+        start = step * self.batch_size * self.world_size + self.rank
+        positions = (start + self.world_size * np.arange(size)) % len(self.pairs)
         rows = self.pairs.rows(permuted(positions, len(self.pairs), (self.seed, epoch)))
         if self.rows_only:
             return {f"{modality}_row": torch.from_numpy(index) for modality, index in rows.items()}

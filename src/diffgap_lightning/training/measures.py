@@ -6,12 +6,15 @@ mean cosine of refined embeddings to their true partners, and `<stage>/mmd2` the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffgap_lightning.diffusion.noise import row_normal
 from diffgap_lightning.functional.gap import centroid_distance, mmd2
 from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
 from diffgap_lightning.functional.pairs import pair_indices
@@ -23,8 +26,33 @@ Values = Mapping[str, Mapping[str, Tensor]]
 _MMD_ROWS = 2048
 
 
+class PairMean:
+    """Mean of a loss over the pairs of all batches and ranks.
+
+    Lightning's own mean over ranks divides numbers of rows as integers and is off where ranks have unequal numbers.
+    """
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, mean: Tensor, count: int) -> None:
+        """Add a batch's mean over so many pairs."""
+        if count:
+            self._sum += torch.tensor([float(mean) * count, count], dtype=torch.float64)
+
+    def compute(self) -> float:
+        """The mean, equal on all ranks; NaN without a pair."""
+        parts = [self._sum]
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, self._sum)
+            parts = gathered
+        total, count = sum(parts).tolist()  # type: ignore[union-attr]
+        return total / count if count else float("nan")
+
+
 def gallery_values(
-    refiner: DiffGAPRefiner, embedding: Tensor, modality: str, generator: torch.Generator
+    refiner: DiffGAPRefiner, embedding: Tensor, modality: str, rows: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """Everything that validation needs of some rows: score components, start energies and refined embeddings."""
     values = {"embedding": embedding.float()}
@@ -35,9 +63,16 @@ def gallery_values(
     for source, target in refiner.directions:
         if source == modality:
             values[f"energy/{target}"] = refiner.start_energy(embedding, source=source, target=target)
-            refined = refiner.refine(embedding, source=source, target=target, generator=generator)
+            noise = target_noise(refiner, rows, target, seed)
+            refined = refiner.refine(embedding, source=source, target=target, noise=noise)
             values[f"refined/{target}"] = refined.float()
     return values
+
+
+def target_noise(refiner: DiffGAPRefiner, rows: Tensor, target: str, seed: int) -> Tensor:
+    """Noise to refine rows with, `(B, R)` or `(B, T, R)`, which depends on their numbers `(B,)` alone."""
+    shape = [*([refiner.config.frames] if refiner.config.frames else []), refiner.config.ranks[target]]
+    return row_normal(rows, math.prod(shape), seed).view(len(rows), *shape)
 
 
 def gallery_parts(

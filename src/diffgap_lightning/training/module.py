@@ -13,7 +13,7 @@ yields first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Literal
@@ -29,10 +29,11 @@ from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.losses import Split, Weighting, split_batch
 from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
 from diffgap_lightning.training.gallery import Gallery
-from diffgap_lightning.training.measures import gallery_measures, gallery_parts, gallery_values
+from diffgap_lightning.training.measures import PairMean, gallery_measures, gallery_parts, gallery_values, target_noise
 from diffgap_lightning.training.objective import Objective, ObjectiveName
 from diffgap_lightning.training.recorded import Capture, RecordedTraining
 from diffgap_lightning.training.seeded import seeded
+from diffgap_lightning.training.shares import of_all_ranks, own_rows
 
 Batch = Mapping[str, Tensor]
 _CHECKPOINT_KEY = "diffgap"
@@ -118,7 +119,7 @@ class DiffGAPModule(RecordedTraining):
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
         self.measured_here = False  # whether the closed forms are of this run's own training rows
-        self._gallery = Gallery()
+        self._gallery, self._pair_mean = Gallery(), PairMean()
         self._generators: dict[torch.device, torch.Generator] = {}
 
     # ---- the refiner ----------------------------------------------------------------------------------------------
@@ -210,41 +211,54 @@ class DiffGAPModule(RecordedTraining):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of aligned pairs, summed over the directions that share it."""
         refiner = self._ready()
-        key = (self.seed, self.global_step, batch_idx, self.global_rank)
-        self._generator(*key)
+        key = (self.seed, self.global_step, batch_idx)
+        self._generator(*key, 0)  # the same on all ranks
         rows = {name: batch[name] for m in refiner.space.modalities for name in (m, f"{m}_id")}
         step = self._whole_step or self.losses
-        with seeded(hash((*key, 1)), self.device):
+        with seeded(hash((*key, self.global_rank, 1)), self.device):
             parts = step(rows, self.global_step % len(refiner.directions))
         every = max(int(getattr(self.trainer, "log_every_n_steps", 50)), 1)
         if (self.global_step + 1) % every == 0:  # logging costs more than a step
-            self.log_dict({f"train/{name}": x.detach().clone() for name, x in parts.items()}, batch_size=1)
+            named = {f"train/{name}": x.detach().clone() for name, x in parts.items()}
+            self.log_dict(named, batch_size=1, sync_dist=self._world > 1)
         return parts["loss"]
 
     def losses(self, batch: Batch, kind: int) -> dict[str, Tensor]:
         """`"loss"` and its parts; `kind` is the step's number, modulo the number of directions."""
-        refiner, generator = self._ready(), self._generators[self.device]
+        refiner, generator, world = self._ready(), self._generators[self.device], self._world
         z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
-        shares = split_batch(len(next(iter(z.values()))), refiner.directions, self.split, kind)
-        parts = {}
-        for (s, t), rows in shares.items():
-            condition, x0, ids = z[s][rows], z[t][rows], batch[f"{t}_id"]
-            draws = self.objective.draw(condition, x0, generator)
-            parts[s, t] = self._loss(refiner.cdm_of(s, t), condition, x0, ids[rows], z[t], ids, self.logit_scale, draws)
-        loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(shares)
+        ids = {m: batch[f"{m}_id"] for m in z}
+        whole = split_batch(world * len(next(iter(z.values()))), refiner.directions, self.split, kind)
+        contrasted = world if self.objective.contrastive_weight > 0 else 1  # with the targets on every rank
+        gallery = {t: [of_all_ranks(x[t], contrasted) for x in (z, ids)] for t in dict.fromkeys(t for _, t in whole)}
+        parts, here = {}, []
+        for (s, t), numbers in whole.items():
+            rows, share = own_rows(numbers, self.global_rank, world)
+            here += [(s, t)] if len(share) else []
+            condition, x0 = z[s][rows], z[t][rows]
+            draws = self.objective.draw(condition, x0, generator, share)
+            parts[s, t] = self._loss(
+                refiner.cdm_of(s, t), condition, x0, ids[t][rows], *gallery[t], self.logit_scale, draws
+            )
+        loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(here)
         return {"loss": loss} | {f"{name}/{s}_to_{t}": x for (s, t), p in parts.items() for name, x in p.items()}
 
     def generators(self) -> list[torch.Generator]:
         """The one that `losses` draws from, which `training_step` has seeded."""
         return [self._generator(self.seed)]
 
-    def _idle_parameters(self, shares: Mapping[Direction, slice]) -> Tensor:
+    @property
+    def _world(self) -> int:
+        """Number of ranks."""
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def _idle_parameters(self, here: Collection[Direction]) -> Tensor:
         """Zero, of every parameter that this step leaves out: DDP would wait for their gradients."""
         refiner = self._ready()
-        idle = [p for d in refiner.directions if d not in shares for p in refiner.cdm_of(*d).network.parameters()]
+        idle = [p for d in refiner.directions if d not in here for p in refiner.cdm_of(*d).network.parameters()]
         idle += [] if self.objective.contrastive_weight > 0 else [self.logit_scale]
         if self.objective.condition_dropout == 0:
-            idle += [refiner.cdm_of(*d).network.no_condition for d in shares]
+            idle += [refiner.cdm_of(*d).network.no_condition for d in here]
         return 0.0 * torch.stack([p.sum() for p in idle]).sum() if idle else torch.zeros((), device=self.device)
 
     def configure_optimizers(self) -> Any:
@@ -278,8 +292,8 @@ class DiffGAPModule(RecordedTraining):
         self._same_encoder()
 
     def on_validation_epoch_start(self) -> None:
-        """Start an empty gallery."""
-        self._gallery = Gallery()
+        """Start an empty gallery and an empty mean."""
+        self._gallery, self._pair_mean = Gallery(), PairMean()
 
     def on_test_epoch_start(self) -> None:
         """Start an empty gallery."""
@@ -287,18 +301,17 @@ class DiffGAPModule(RecordedTraining):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect what the rows of this batch produce, and the loss of the pairs within it."""
-        self._collect(batch, batch_idx)
-        loss, count = self._evaluation_loss(batch, batch_idx)
-        # Logged without a pair too: a rank that logs less than the others would leave them waiting.
-        self.log("val/loss", loss, on_epoch=True, batch_size=count, sync_dist=True)
+        self._collect(batch)
+        self._pair_mean.add(*self._evaluation_loss(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect what the rows of this batch produce."""
-        self._collect(batch, batch_idx)
+        self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Fit the fusion weights on the whole gallery, then rank it."""
         refiner, gallery = self._ready(), self._gallery.complete()
+        self.log("val/loss", self._pair_mean.compute(), rank_zero_only=False)
         if self.trainer.sanity_checking or not gallery:
             return
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -321,27 +334,27 @@ class DiffGAPModule(RecordedTraining):
             if len(batch.get(source, ())) == 0:
                 continue
             name = f"{source}_to_{target}"
-            generator = self._generator(self.seed, batch_idx, self.global_rank)
-            out[name] = refiner.refine(batch[source], source=source, target=target, generator=generator)
+            noise = target_noise(refiner, batch[f"{source}_row"], target, self.seed)
+            out[name] = refiner.refine(batch[source], source=source, target=target, noise=noise)
             out |= {f"{name}_{key}": batch[f"{source}_{key}"] for key in ("id", "row")}
         return out
 
-    def _collect(self, batch: Batch, batch_idx: int) -> None:
+    def _collect(self, batch: Batch) -> None:
         refiner = self._ready()
         for modality in refiner.space.modalities:
             if len(batch.get(modality, ())) == 0:
                 continue
-            generator = self._generator(self.seed, batch_idx, self.global_rank)
-            values = gallery_values(refiner, batch[modality], modality, generator)
-            self._gallery.add(modality, batch[f"{modality}_row"], values | {"id": batch[f"{modality}_id"]})
+            rows = batch[f"{modality}_row"]
+            values = gallery_values(refiner, batch[modality], modality, rows, self.seed)
+            self._gallery.add(modality, rows, values | {"id": batch[f"{modality}_id"]})
 
     def _log_gallery(self, stage: str, gallery: Mapping[str, Mapping[str, Tensor]]) -> None:
         measures = gallery_measures(self._ready(), gallery)
         self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, rank_zero_only=False)
 
     @torch.no_grad()
-    def _evaluation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
-        """Loss over the pairs inside the batch, with the same noise at every validation."""
+    def _evaluation_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Loss over the pairs inside the batch; a pair's noise is its own, at every validation and in any batch."""
         refiner, losses, count = self._ready(), [], 0
         for source, target in refiner.directions:
             if len(batch.get(source, ())) == 0 or len(batch.get(target, ())) == 0:
@@ -350,10 +363,11 @@ class DiffGAPModule(RecordedTraining):
             if len(i) == 0:
                 continue
             condition, x0 = _encode(refiner, batch[source][i], source), _encode(refiner, batch[target][j], target)
-            ids, generator = batch[f"{source}_id"][i], self._generator(self.seed, batch_idx, self.global_rank)
-            parts = self.objective(
-                refiner.cdm_of(source, target), condition, x0, ids, x0, ids, self.logit_scale, generator
-            )
+            keys = (batch[f"{source}_row"][i] << 32) + batch[f"{target}_row"][j]
+            order, draws = self.objective.draw_by_key(condition, x0, keys, self.seed)
+            condition, x0, ids = condition[order], x0[order], batch[f"{source}_id"][i][order]
+            cdm = refiner.cdm_of(source, target)
+            parts = self.objective.loss(cdm, condition, x0, ids, x0, ids, self.logit_scale, draws)
             losses.append(parts["loss"])
             count += len(i)
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device), count
