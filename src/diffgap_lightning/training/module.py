@@ -230,7 +230,8 @@ class DiffGAPModule(RecordedTraining):
         ids = {m: batch[f"{m}_id"] for m in z}
         whole = split_batch(world * len(next(iter(z.values()))), refiner.directions, self.split, kind)
         contrasted = world if self.objective.contrastive_weight > 0 else 1  # with the targets on every rank
-        gallery = {t: [of_all_ranks(x[t], contrasted) for x in (z, ids)] for t in dict.fromkeys(t for _, t in whole)}
+        targets = dict.fromkeys(target for _, target in whole)
+        gallery = {t: (of_all_ranks(z[t], contrasted), of_all_ranks(ids[t], contrasted)) for t in targets}
         parts, here = {}, []
         for (s, t), numbers in whole.items():
             rows, share = own_rows(numbers, self.global_rank, world)
