@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -165,6 +166,27 @@ def sound_refiner() -> DiffGAPRefiner:
     for parameter in made.cdm.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=g))
     return made
+
+
+@pytest.fixture
+def run_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """`run_example(name, *arguments)`: what `python examples/name arguments` prints in `tmp_path`.
+
+    Here and not in a process of its own, which would only import torch and Lightning once more.
+    """
+
+    def run(name: str, *arguments: object) -> str:
+        path = ROOT / "examples" / name
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+            capsys.readouterr()
+            runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="session")

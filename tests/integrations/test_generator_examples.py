@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +34,11 @@ def check(folder: Path, seconds: float) -> None:
     assert not np.array_equal(sounds[0][0], sounds[1][0])
 
 
-def test_add_refiner_to_audioldm(tiny_generators: ModuleType, tmp_path: Path) -> None:
+def test_add_refiner_to_audioldm(run_example: Callable[..., str], tiny_generators: ModuleType, tmp_path: Path) -> None:
     tiny_generators.audioldm(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
     tiny_generators.refiner().save_pretrained(tmp_path / "refiner")
     sizes = ["--model", tmp_path / "model", "--steps", 2, "--seconds", 0.05]
-    out = run("add_refiner_to_audioldm.py", tmp_path / "refiner", "a dog barks", *sizes, folder=tmp_path)
+    out = run_example("add_refiner_to_audioldm.py", tmp_path / "refiner", "a dog barks", *sizes)
     assert out == "plain.wav: 0.05 s\nrefined.wav: 0.05 s\n"
     check(tmp_path, 0.05)
 
