@@ -4,18 +4,15 @@ A video is its frames at `fps`: one unit row each, `(B, T, D)`, or their normali
 cropping are the model's own (`preprocess_val`) and run in data-loading workers, which hand on 8-bit pixels; scaling and
 normalising them is left to the network's device. Together they are exactly open_clip's preprocessing.
 
-Without weights open_clip builds a random network and only logs it; here weights are found on disk or it is an error.
+Where the weights are is `open_clip_files.py`'s question.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,16 +21,12 @@ from torch import Tensor, nn
 
 from .base import ContrastiveEncoder, Transform
 from .checks import check_at_load
-from .hub import ALLOW, cached_file, check_reachable, how_to_fetch, local_folder
+from .open_clip_files import EXTRA, find_model, offline_unless, text_tower_missing
 from .optional import need
 from .texts import check_texts
 from .waveforms import item_means
 from .weights import loading, weights_digest
 
-EXTRA = "open-clip"
-HUB, FOLDER = "hf-hub:", "local-dir:"
-_CONFIG = "open_clip_config.json"
-_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _BATCH = 64  # frames at a time
 _PREPROCESSING = 1  # raise whenever the same input would give other embeddings
 
@@ -82,7 +75,7 @@ class OpenClipEncoder(ContrastiveEncoder):
                     self.model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=source)
                     self.tokenizer: Any = open_clip.get_tokenizer(name)
                 except OSError as error:
-                    raise FileNotFoundError(_text_tower_missing(open_clip, name)) from error
+                    raise FileNotFoundError(text_tower_missing(open_clip, name)) from error
         self._digest = weights_digest(self.model.state_dict())
         self._settings = _settings_digest(open_clip.get_model_preprocess_cfg(self.model))
         geometry, mean, std, size = split_preprocess(preprocess, self.model)
@@ -217,77 +210,6 @@ def split_preprocess(preprocess: Any, model: Any) -> tuple[list[Any], Tensor, Te
     height, width = (size, size) if isinstance(size, int) else size
     mean, std = (torch.tensor(getattr(steps[-1], name)).float()[:, None, None] for name in ("mean", "std"))
     return steps[:-2], mean, std, (height, width)
-
-
-def find_model(
-    open_clip: Any, model: str, pretrained: str | None, weights: str | None, download: bool
-) -> tuple[str, str | None, Path | None]:
-    """What to call open_clip with: `(model name, pretrained, weight file of a tag)`.
-
-    Raises:
-        FileNotFoundError: the weights are not on disk.
-        ValueError: an unknown architecture or tag.
-    """
-    if model.startswith(HUB) or "/" in model or Path(model).is_dir():
-        source = model.removeprefix(HUB).removeprefix(FOLDER)
-        return f"{FOLDER}{local_folder(source, (_CONFIG, _WEIGHTS), extra=EXTRA, download=download)}", None, None
-    if model not in open_clip.list_models():
-        raise ValueError(f"model: open_clip has no {model!r}; open_clip.list_models() lists them, or give a folder")
-    if pretrained is None:
-        raise ValueError("pretrained: give a tag of open_clip or a weight file; a random network embeds nothing")
-    if Path(pretrained).expanduser().is_file():
-        return model, str(Path(pretrained).expanduser()), None
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained not in tags:
-        raise ValueError(
-            f"pretrained: {pretrained!r} is no file, and the tags of {model} are {', '.join(tags) or 'none'}"
-        )
-    if weights is not None:
-        if not Path(weights).expanduser().is_file():
-            raise FileNotFoundError(f"weights: no file {weights}")
-        return model, pretrained, Path(weights).expanduser()
-    return model, pretrained, find_tag(open_clip, open_clip.get_pretrained_cfg(model, pretrained), download)
-
-
-def find_tag(open_clip: Any, entry: dict[str, Any], download: bool) -> Path:
-    """The weight file of a tag, in the hub cache or open_clip's own.
-
-    Raises:
-        FileNotFoundError: it is in neither; the message says what to fetch.
-    """
-    repository, name = os.path.split(entry.get("hf_hub", ""))
-    for file in (name,) if name else _WEIGHTS:
-        if repository and (path := cached_file(repository, file, EXTRA)):
-            return path
-    url = entry.get("url", "")
-    cache = Path("~/.cache/clip").expanduser()  # where open_clip keeps what does not come from the hub
-    if url and (cache / os.path.basename(url)).is_file():
-        return cache / os.path.basename(url)
-    if download:
-        check_reachable(EXTRA)
-        return Path(open_clip.download_pretrained(entry))
-    where = f"run `hf download {repository}`" if repository else f"fetch {url} into {cache}"
-    raise FileNotFoundError(
-        f"weights of this tag are neither in the hub cache nor in {cache}: {where} where there is a network and copy "
-        f"it, give the file as weights, or {ALLOW}"
-    )
-
-
-@contextmanager
-def offline_unless(download: bool) -> Iterator[None]:
-    """Keep open_clip from asking the hub, where it would retry for minutes."""
-    hub: Any = need("huggingface_hub", EXTRA)
-    with mock.patch.object(hub.constants, "HF_HUB_OFFLINE", hub.constants.HF_HUB_OFFLINE or not download):
-        yield
-
-
-def _text_tower_missing(open_clip: Any, model: str) -> str:
-    """The message for a model whose text tower is configured on the hub."""
-    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
-    names = dict.fromkeys(text[key] for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key))
-    return f"{model}: its text tower needs {' and '.join(names) or 'files'} in the hub cache; " + "; ".join(
-        how_to_fetch(name) for name in names
-    )
 
 
 def _is_token_table(name: str, module: nn.Module) -> bool:
