@@ -2,71 +2,24 @@
 
 A callback stops the fit every few steps and lets the bare loop take as many, so that other load on the machine meets
 both. What the fit spends between two stops is its own: drawing batches, logging, the progress bar, checkpoints at the
-end of an epoch. Validation is left out, the bare loop has none.
+end of an epoch. Validation is left out, the bare loop has none. On a GPU the bare loop's steps are recorded too.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import tempfile
 import time
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from diffgap_lightning.losses import split_batch
-
-EMA = 0.995
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class BareLoop:
-    """The step written out: draw rows, encode, two losses, backward, clip, AdamW, running average."""
-
-    def __init__(self, module: Any, tables: dict[str, Tensor], batch_size: int, clip: float | None, ema: bool) -> None:
-        self.refiner, self.objective = copy.deepcopy(module.refiner).train(), module.objective
-        self.tables, self.batch_size, self.clip = tables, batch_size, clip
-        self.parameters = [p for p in self.refiner.parameters() if p.requires_grad]
-        self.mean = [p.detach().clone() for p in self.parameters] if ema else []
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.01, fused=True)
-        device = self.parameters[0].device
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.logit_scale = torch.zeros((), device=device)
-        self.order = torch.randperm(len(next(iter(tables.values()))), generator=self.generator, device=device)
-        self.count = 0
-
-    def step(self) -> Tensor:
-        """Take one step; the loss."""
-        start = self.count * self.batch_size % (len(self.order) - self.batch_size)
-        rows, self.count = self.order[start : start + self.batch_size], self.count + 1
-        space = self.refiner.space
-        z = {m: (x[rows] - space.mean(m)) @ space.basis(m) / space.scale(m) for m, x in self.tables.items()}
-        losses = []
-        for (s, t), part in split_batch(self.batch_size, self.refiner.directions, "bst", self.count).items():
-            found = self.objective(
-                self.refiner.cdm_of(s, t), z[s][part], z[t][part], rows[part], z[t], rows, self.logit_scale,
-                self.generator,
-            )  # fmt: skip
-            losses.append(found["loss"])
-        loss = torch.stack(losses).sum()
-        loss.backward()
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.mean:
-            torch._foreach_lerp_(self.mean, self.parameters, 1 - EMA)
-        return loss.detach()
+from diffgap_lightning.training.module import DiffGAPModule
+from speed_clock import wait
+from speed_steps import BareLoop
 
 
 class Turns(Callback):
@@ -88,7 +41,9 @@ class Turns(Callback):
         order = {m: table.ids[m].argsort() for m in module.refiner.space.modalities}  # type: ignore[union-attr]
         tables = {m: table.embeddings[m][order[m]].to(module.device) for m in order}
         size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        self.loop = BareLoop(module, tables, size, trainer.gradient_clip_val, self.ema)
+        half, record = trainer.precision == "bf16-mixed", module.device.type == "cuda"
+        assert isinstance(module, DiffGAPModule)
+        self.loop = BareLoop(module, tables, size, trainer.gradient_clip_val, self.ema, record, half)
         self.now = self._clock(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -117,7 +72,7 @@ class Turns(Callback):
 
     @staticmethod
     def _clock(module: LightningModule) -> Any:
-        synchronize(module.device)
+        wait(module.device.type)
         return time.perf_counter(), time.process_time()
 
 
