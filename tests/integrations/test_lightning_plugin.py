@@ -368,7 +368,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     ldm: ModuleType, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     ends = []
-    for parts in ((4,), (2, 4)):
+    for parts in ((2,), (1, 2)):
         torch.manual_seed(0)
         module, refiner, path = ldm.TinyLatentDiffusion(own_parameters_only=True), ldm.measured(), None
         for epochs in parts:
@@ -376,7 +376,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
             trainer = make_trainer(callback, Keep(tmp_path / f"{epochs}.ckpt"), max_epochs=epochs)
             trainer.fit(module, ldm.loader(), ckpt_path=path)
             path = tmp_path / f"{epochs}.ckpt"
-            if epochs == 2:  # another process: nothing but the checkpoint is left
+            if epochs == 1:  # another process: nothing but the checkpoint is left
                 torch.manual_seed(1)
                 module, refiner = ldm.TinyLatentDiffusion(own_parameters_only=True), ldm.measured()
         ends.append((weights(refiner), module.network[0].weight.detach().clone()))
@@ -384,7 +384,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert torch.equal(ends[0][1], ends[1][1])
     loaded = ldm.measured()
     found = make_trainer(FinetuneRefiner(loaded)).test(
-        ldm.TinyLatentDiffusion(), ldm.loader(), ckpt_path=tmp_path / "4.ckpt", verbose=False
+        ldm.TinyLatentDiffusion(), ldm.loader(), ckpt_path=tmp_path / "2.ckpt", verbose=False
     )
     assert found
     assert torch.equal(weights(loaded), ends[0][0])
