@@ -69,6 +69,8 @@ class DiffGAPModule(RecordedTraining):
         seed: Of the training noise and of the validation's samples.
         max_rows: Rows of each modality on which the closed forms are measured.
         few_pairs: See `DiffGAPRefiner.measure`.
+        skip_non_finite: Steps in a row that are passed over because a gradient is NaN or infinite, the weights left as
+            they are, before the run stops; 0 stops at the first. A warning and `train/skipped_steps` count them.
         capture: On a GPU, `"auto"` records training steps as CUDA graphs; see `recorded.py`.
         compile: Fuse the small operations of a loss with `torch.compile`. The first steps take a minute.
     """
@@ -99,10 +101,11 @@ class DiffGAPModule(RecordedTraining):
         seed: int = 0,
         max_rows: int = 100_000,
         few_pairs: int = 2000,
+        skip_non_finite: int = 20,
         capture: Capture = "auto",
         compile: bool = False,
     ) -> None:
-        super().__init__(capture)
+        super().__init__(capture, skip_non_finite)
         # Settings come from the caller or the YAML, never from a checkpoint, so no hyper-parameters are saved.
         self.pairs = None if pairs is None else [(s, t) for s, t in pairs]
         self.choices: dict[str, Any] = {

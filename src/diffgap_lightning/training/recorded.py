@@ -20,6 +20,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from diffgap_lightning.training.finite import FiniteSteps, step_unless
+
 Capture = Literal["auto", "off", "dry"]
 Batch = Mapping[str, Tensor]
 Losses = Callable[[Batch, int], dict[str, Tensor]]
@@ -38,6 +40,7 @@ class WholeStep:
         generators: Those that `losses` draws from, beside the default one.
         clip: `(value, "norm" or "value")`, or None.
         record: Replay CUDA graphs; otherwise every step is taken one kernel at a time.
+        finite: Watches the gradients.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class WholeStep:
         generators: Sequence[torch.Generator] = (),
         clip: tuple[float, str] | None = None,
         record: bool = False,
+        finite: FiniteSteps | None = None,
     ) -> None:
+        self._finite = FiniteSteps(0) if finite is None else finite
         self._losses, self._optimizer, self._generators, self._clip = losses, optimizer, generators, clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._seen: dict[Hashable, int] = {}
@@ -77,11 +82,12 @@ class WholeStep:
         parts = self._losses(batch, kind)
         with torch.autocast(self._parameters[0].device.type, enabled=False):  # Lightning's forward context ends here
             parts["loss"].backward()
+        bad = self._finite.look(self._optimizer)
         if self._clip is not None:
             value, how = self._clip
             clip = nn.utils.clip_grad_norm_ if how == "norm" else nn.utils.clip_grad_value_
             clip(self._parameters, value)
-        self._optimizer.step()
+        step_unless(self._optimizer, bad)
         self._optimizer.zero_grad(set_to_none=True)
         return {name: x.detach() for name, x in parts.items()}
 
@@ -142,10 +148,12 @@ class RecordedTraining(LightningModule):
     Args:
         capture: `"auto"`: on a GPU, record steps as CUDA graphs. `"off"`: never. `"dry"`: one call, not recorded, on
             any device; for tests and to look for errors.
+        skip_non_finite: See `FiniteSteps`.
     """
 
-    def __init__(self, capture: Capture = "auto") -> None:
+    def __init__(self, capture: Capture = "auto", skip_non_finite: int = 20) -> None:
         super().__init__()
+        self.finite = FiniteSteps(skip_non_finite)
         if capture not in ("auto", "off", "dry"):
             raise ValueError(f"capture: got {capture!r}, expected 'auto', 'off' or 'dry'")
         self.capture = capture
@@ -172,7 +180,7 @@ class RecordedTraining(LightningModule):
         clip = (float(value), str(self.trainer.gradient_clip_algorithm or "norm")) if value else None
         optimizer, record = self.trainer.optimizers[0], self.capture == "auto"
         optimizer.zero_grad(set_to_none=True)
-        self._whole_step = WholeStep(self.losses, optimizer, self.generators(), clip, record)
+        self._whole_step = WholeStep(self.losses, optimizer, self.generators(), clip, record, self.finite)
 
     def on_train_end(self) -> None:
         """Let the recordings go."""
@@ -184,6 +192,25 @@ class RecordedTraining(LightningModule):
             for group in state["param_groups"]:
                 if isinstance(group.get("lr"), Tensor):
                     group.update(lr=float(group["lr"]), capturable=False)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Prevent the step if a gradient is not finite, then clip; float16's scaler looks after itself."""
+        if self.trainer.precision != "16-mixed":
+            self.finite.prevent(optimizer)
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell of steps that were passed over: at once, or on a GPU, which would have to wait, now and then."""
+        every = max(int(getattr(self.trainer, "log_every_n_steps", 50)), 1)
+        if self.device.type == "cpu" or self.finite.allowed == 0 or self.global_step % every == 0:
+            skipped = self.finite.tell(self.global_step)
+            if skipped:
+                self.log("train/skipped_steps", float(skipped), batch_size=1)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """As Lightning's, unless the training step did it."""
