@@ -320,9 +320,19 @@ def test_a_checkpoint_brings_what_was_fitted_and_leaves_the_settings(run) -> Non
     assert config.fusion == checkpoint["diffgap"]["refiner"]["fusion"] != {"text->audio": {"cca": 1.0}}
 
 
-@pytest.mark.parametrize("record", [{}, {"diffgap": "text"}, {"diffgap": {"schema_version": 2}}], ids=str)
-def test_other_checkpoints_are_refused(record) -> None:
-    with pytest.raises(ValueError, match="holds no DiffGAP refiner of schema version 1"):
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "holds no DiffGAP refiner; was it written by another LightningModule"),
+        ({"diffgap": "text"}, "holds no DiffGAP refiner"),
+        ({"diffgap": {"schema_version": 2}}, "schema_version 2, this version reads 1 to 1; upgrade diffgap-lightning"),
+        ({"diffgap": {"schema_version": "1"}}, "schema_version '1'"),
+        ({"diffgap": {}}, "schema_version None"),
+    ],
+    ids=str,
+)
+def test_other_checkpoints_are_refused(record, words) -> None:
+    with pytest.raises(ValueError, match=words):
         module().on_load_checkpoint({"state_dict": {}, **record})
 
 

@@ -37,6 +37,7 @@ from diffgap_lightning.training.shares import of_all_ranks, own_rows
 
 Batch = Mapping[str, Tensor]
 _CHECKPOINT_KEY = "diffgap"
+SCHEMA_VERSION = 1  # of what a checkpoint holds under this key; raised when older versions could not read it
 
 
 class DiffGAPModule(RecordedTraining):
@@ -171,15 +172,18 @@ class DiffGAPModule(RecordedTraining):
         """Store the refiner's configuration beside its weights."""
         super().on_save_checkpoint(checkpoint)
         if self.refiner is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"schema_version": 1, "refiner": asdict(self.refiner.config)}
+            checkpoint[_CHECKPOINT_KEY] = {"schema_version": SCHEMA_VERSION, "refiner": asdict(self.refiner.config)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the refiner that the checkpoint holds, or check that it is the one that was built from the data."""
         record = checkpoint.get(_CHECKPOINT_KEY)
-        if not isinstance(record, dict) or record.get("schema_version") != 1:
+        if not isinstance(record, dict):
+            raise ValueError("checkpoint: holds no DiffGAP refiner; was it written by another LightningModule?")
+        version = record.get("schema_version")
+        if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
             raise ValueError(
-                "checkpoint: holds no DiffGAP refiner of schema version 1; "
-                "was it written by another LightningModule or a newer version?"
+                f"checkpoint: schema_version {version!r}, this version reads 1 to {SCHEMA_VERSION}; "
+                "upgrade diffgap-lightning to go on from it"
             )
         prefix = "refiner."
         state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
