@@ -30,6 +30,9 @@ model:
   width: 16
   depth: 1
   rank: 8
+  optimizer:
+    class_path: torch.optim.AdamW
+    init_args: {{ lr: 5.0e-4, weight_decay: 0.01 }}
 data:
   class_path: diffgap_lightning.data.SyntheticDataModule
   init_args:

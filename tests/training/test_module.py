@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,22 @@ def changed(before: State, refiner: DiffGAPRefiner) -> set[tuple[str, str]]:
 
 
 # ---- a fit -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_for_averaging_shares_what_makes_the_optimizer() -> None:
+    """A command line's factory holds its parser, the trainer and the rows; files among them cannot be copied at all."""
+
+    class Heavy:
+        def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("copied")
+
+    built = module(optimizer=Heavy(), lr_scheduler=Heavy())
+    copied = deepcopy(built)
+    assert copied.optimizer is built.optimizer
+    assert isinstance(copied.optimizer(copied.parameters()), torch.optim.AdamW)
 
 
 def test_training_improves_on_the_closed_form_that_it_starts_from(tmp_path: Path) -> None:

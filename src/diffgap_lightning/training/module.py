@@ -13,7 +13,7 @@ yields first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Literal
@@ -119,7 +119,7 @@ class DiffGAPModule(RecordedTraining):
             objective, loss_weighting, contrastive_weight, condition_dropout, condition_noise, share_of_noise
         )
         self._loss = torch.compile(self.objective.loss, dynamic=False) if compile else self.objective.loss
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = _kept_whole(optimizer), _kept_whole(lr_scheduler)
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
         self.measured_here = False  # whether the closed forms are of this run's own training rows
@@ -391,6 +391,27 @@ def _encode(refiner: DiffGAPRefiner, embedding: Tensor, modality: str) -> Tensor
     """`space.encode` without its checks, which would make a GPU wait: the datamodule has checked the rows."""
     space = refiner.space
     return space.coordinates(embedding.float() - space.mean(modality), modality)
+
+
+class _Whole:
+    """A callable that copies of the module share.
+
+    What a command line builds from YAML holds its parser, and through it everything that was built, the trainer and the
+    rows included: averaging weights deep-copies the module, and would copy all of that.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self.make(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Whole:
+        return self
+
+
+def _kept_whole(make: Callable[..., Any] | None) -> _Whole | None:
+    return None if make is None else _Whole(make)
 
 
 def _check_same_architecture(built: DiffGAPRefiner, loaded: DiffGAPRefiner) -> None:
