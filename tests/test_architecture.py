@@ -14,11 +14,12 @@ PACKAGE = "diffgap_lightning"
 SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 
 # Part -> parts that it may import. A part is the first name after the package's; it may always import itself.
-BASE = {"functional", "checkpoint", "atomic"}
+BASE = {"functional", "checkpoint", "atomic", "torch_files"}
 ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "functional": set(),
     "checkpoint": {"atomic"},
+    "torch_files": set(),
     "diffusion": BASE,
     "space": BASE,
     "gaussian": BASE | {"space"},
@@ -36,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "closed_forms": BASE | {"space", "gaussian", "mixture_denoiser", "bridges", "hubness"},
     "cdm": BASE | {"diffusion", "denoiser", "sequence_denoiser", "gaussian", "space"},
     "fusion": BASE,
-    "refiner_config": BASE | {"diffusion", "space"},
+    "refiner_checks": BASE,
+    "refiner_config": BASE | {"diffusion", "space", "refiner_checks"},
     "uncertainty": BASE,
     "novelty": BASE | {"space"},
     "product": BASE | {"diffusion", "cdm"},
@@ -44,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "prepared": BASE | {"diffusion", "denoiser", "refiner_config"},
     "refiner_base": BASE
     | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"}
-    | {"hubness", "closed_forms", "refiner_config"},
+    | {"hubness", "closed_forms", "refiner_checks", "refiner_config"},
     "scoring": BASE | {"bridges", "closed_forms", "fusion", "mixture_denoiser", "refiner_base", "refiner_config"},
     "calibration": BASE | {"fusion", "mixture_denoiser", "refiner_config", "scoring"},
     "measuring": BASE | {"calibration", "closed_forms", "fusion", "novelty", "refiner_config", "space"},

@@ -119,7 +119,7 @@ def checkpoint_kind(folder: str | os.PathLike[str]) -> str:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting without end
         raise ValueError(f"{path}: not valid JSON ({error}); the file was altered or truncated") from error
     missing = {"schema_version", "kind", "sha256", "config"} - set(record if isinstance(record, dict) else ())
     if missing or not isinstance(record["config"], dict):

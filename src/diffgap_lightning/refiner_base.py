@@ -25,11 +25,13 @@ from diffgap_lightning.functional.checks import check_embeddings, frames_as_rows
 from diffgap_lightning.gaussian import GaussianDenoiser
 from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
+from diffgap_lightning.refiner_checks import check_claims
 from diffgap_lightning.refiner_config import Direction, RefinerConfig, direction_name
 from diffgap_lightning.sequence_denoiser import SequenceDenoiser
 from diffgap_lightning.space import EmbeddingSpace
 
 R = TypeVar("R", bound="RefinerBase")
+_NO_BRIDGE = ("forward", "backward", "hub")  # components of the fused score beside the bridges
 
 
 class RefinerBase(nn.Module):
@@ -129,29 +131,34 @@ class RefinerBase(nn.Module):
             built = RefinerConfig(**config)
         except TypeError as error:
             raise ValueError(f"refiner: the configuration does not fit this version ({error})") from error
-        dims, ranks = built.dims, built.ranks
-        closed_forms = {d: _empty_closed_form(ranks, d, tensors) for d in built.directions}
         wrong = {direction_name(*d) for d in built.directions} - set(built.restore)
         wrong |= {direction_name(*p) for p in built.pairs} - set(built.fusion) | set(built.bridges) - set(BRIDGES)
         if wrong:
             raise ValueError(f"refiner: restore, fusion or bridges lack or do not know {', '.join(sorted(wrong))}")
+        for pair, weights in built.fusion.items():
+            known = {*built.bridges, *_NO_BRIDGE}
+            if set(weights) - known or not any(weights.values()):
+                raise ValueError(f"refiner: fusion {pair}: got {weights}, expected a positive weight and only {known}")
+        check_claims(built, lambda: cls._assemble(built, tensors), tensors)
+        with torch.random.fork_rng(devices=[]):  # the networks' first weights are replaced at once
+            refiner = cls._assemble(built, tensors).eval()
+        refiner.load_state_dict(dict(tensors))
+        return refiner
+
+    @classmethod
+    def _assemble(cls: type[R], config: RefinerConfig, tensors: Mapping[str, Tensor]) -> R:
+        """A refiner of the kind and shape that a configuration and a state say, with no weights that count."""
+        closed_forms = {d: _empty_closed_form(config.ranks, d, tensors) for d in config.directions}
         prefix = "bridges."
         states = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        bridges = {n: BRIDGES[n].from_parts(record, _part(states, n)) for n, record in built.bridges.items()}
+        bridges = {n: BRIDGES[n].from_parts(record, _part(states, n)) for n, record in config.bridges.items()}
         hubs = {}
-        for pair in built.pairs:
+        for pair in config.pairs:
             bank = [f"hubs.{direction_name(*pair)}.{side}" for side in ("source", "target")]
             if all(name in tensors and tensors[name].ndim == 2 for name in bank) and HUB_BRIDGE in bridges:
                 sizes = (_rows_of(tensors, bank[0]), _rows_of(tensors, bank[1]))
                 hubs[pair] = HubCorrection(sizes, tensors[bank[0]].shape[1])
-        with torch.random.fork_rng(devices=[]):  # the networks' first weights are replaced at once
-            refiner = cls(built, EmbeddingSpace(dims, ranks), closed_forms, bridges, hubs).eval()
-        try:
-            refiner.load_state_dict(dict(tensors))
-        except RuntimeError as error:
-            detail = str(error).splitlines()[-1].strip()
-            raise ValueError(f"refiner: the tensors do not fit the configuration ({detail:.300})") from error
-        return refiner
+        return cls(config, EmbeddingSpace(config.dims, config.ranks), closed_forms, bridges, hubs)
 
     def cdm_of(self, source: str, target: str) -> ContrastiveDiffusion:
         """The contrastive diffusion module of a direction.

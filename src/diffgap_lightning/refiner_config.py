@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from diffgap_lightning.diffusion.prediction import Prediction
 from diffgap_lightning.diffusion.schedule import ScheduleName
+from diffgap_lightning.refiner_checks import check_values
 
 Direction = tuple[str, str]
 Start = Literal["posterior_mean", "source"]
@@ -77,7 +78,12 @@ class RefinerConfig:
     frames: int = 0
 
     def __post_init__(self) -> None:
-        """Check the pairs against the modalities, the numbers and the names of choices."""
+        """Check every value, because a configuration may come from somebody else's file.
+
+        Raises:
+            ValueError: a value of another type or out of range, or pairs, dimensions and ranks that do not fit.
+        """
+        check_values(self)
         object.__setattr__(self, "pairs", tuple((str(s), str(t)) for s, t in self.pairs))
         if not self.pairs:
             raise ValueError("pairs: got none, expected at least one [source, target], e.g. [[text, audio]]")
@@ -87,27 +93,9 @@ class RefinerConfig:
                 raise ValueError(f"pairs: got {list(pair)}, expected two different ones of {', '.join(self.dims)}")
         if len({frozenset(p) for p in self.pairs}) < len(self.pairs):
             raise ValueError(f"pairs: got {[list(p) for p in self.pairs]}; a pair brings its reverse, name it once")
-        self._check_numbers()
         for name, allowed in (("start", Start), ("sampler", Sampler)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(allowed))}")
-
-    def _check_numbers(self) -> None:
-        for name, least in (("width", 1), ("depth", 0), ("num_steps", 1), ("frames", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number from {least}")
-        for name in ("dropout", "strength", "blend"):
-            value = getattr(self, name)
-            if name == "blend" and value is None:
-                continue
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
-        fitted = {f"restore {k}": v for k, v in self.restore.items()}
-        fitted |= {f"fusion {pair} {k}": v for pair, weights in self.fusion.items() for k, v in weights.items()}
-        for name, value in fitted.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
 
     @property
     def directions(self) -> tuple[Direction, ...]:

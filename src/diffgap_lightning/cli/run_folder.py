@@ -95,6 +95,12 @@ def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | No
         )
     if not zipfile.is_zipfile(path):
         raise ValueError(f"--ckpt_path: {path} is not a checkpoint written by fit, or is truncated; give another one")
+    from diffgap_lightning.training.restore import read_checkpoint
+
+    try:
+        read_checkpoint(path)  # tensors are only mapped: it costs little to refuse a bad file before a run starts
+    except ValueError as error:
+        raise ValueError(f"--ckpt_path: {error}") from error
     return str(path)
 
 

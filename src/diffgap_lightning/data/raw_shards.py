@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from .catalog import Clip
 from .media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media
+from .tar import iter_headers
 from .urls import check_url, expand_braces, expand_glob, is_remote, open_binary
 
 MAX_MEMBER_BYTES = 1 << 30
@@ -78,9 +79,8 @@ def iter_raw_clips(url: str, prefix: str, max_bytes: int = MAX_MEMBER_BYTES) -> 
     problem = ""
     done = 0
     try:
-        with open_binary(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                setattr(tar, "members", [])  # noqa: B010  a tar file remembers every member; a shard may have a million
+        with open_binary(url) as file:
+            for member in iter_headers(file, whole=True):
                 own, extension = _split_name(member.name)
                 if own != key:
                     if key is not None:
@@ -95,8 +95,7 @@ def iter_raw_clips(url: str, prefix: str, max_bytes: int = MAX_MEMBER_BYTES) -> 
                 elif member.size > limit:
                     problem = problem or f"{extension}: {member.size} bytes, the limit is {limit}"
                 else:
-                    members[extension] = _read(tar, member)
-            _check_end(file, tar.offset)
+                    members[extension] = _read(file, member)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield Skip(prefix, f"damaged tar after {done} whole clips: {' '.join(str(error).split())}", url)
         return
@@ -104,20 +103,12 @@ def iter_raw_clips(url: str, prefix: str, max_bytes: int = MAX_MEMBER_BYTES) -> 
         yield _clip(f"{prefix}/{key}", members, problem, url)
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    data = b"" if file is None else file.read()
+def _read(file: IO[bytes] | Any, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    data = file.read(member.size)
     if len(data) != member.size:
         raise tarfile.ReadError(f"{member.name} claims {member.size} bytes, {len(data)} are there")
     return data
-
-
-def _check_end(file: IO[bytes] | Any, offset: int) -> None:
-    """Python's tar reader stops without a word at a damaged header; a sound archive stops at a block of zeros."""
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or block.count(0) != tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no end mark at byte {offset}: truncated or altered there")
 
 
 def _split_name(name: str) -> tuple[str, str]:

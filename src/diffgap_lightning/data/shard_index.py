@@ -30,7 +30,7 @@ from diffgap_lightning.data.manifest import (
 from diffgap_lightning.data.npy import decode_npy
 from diffgap_lightning.data.samples import split_name
 from diffgap_lightning.data.shard_reader import ShardSet
-from diffgap_lightning.data.tar import RECORD
+from diffgap_lightning.data.tar import RECORD, iter_headers
 from diffgap_lightning.data.urls import (
     check_url,
     expand_braces,
@@ -142,10 +142,8 @@ def _open_listed(text: str) -> ShardSet | None:
 
 
 def _headers(url: str) -> Iterator[tarfile.TarInfo]:
-    with open_binary(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            yield member
-            tar.members = []  # type: ignore[attr-defined]
+    with open_binary(url) as file:
+        yield from iter_headers(file)
 
 
 def _probe(url: str, modalities: Sequence[str] | None) -> tuple[dict[str, int], str]:

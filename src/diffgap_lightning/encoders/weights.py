@@ -1,8 +1,6 @@
 """Weight files without code, and the digest that identifies weights.
 
-A `.safetensors` file holds tensors alone. A `.pt` file is a pickle; it is read with PyTorch's restricted unpickler,
-which builds tensors and plain containers and refuses everything else. NumPy numbers and arrays are let through, because
-training scripts store their best metric and their sampler's order as such, and they are data too.
+A `.safetensors` file holds tensors alone. A `.pt` file is a pickle, which `torch_files.py` reads without running it.
 """
 
 from __future__ import annotations
@@ -10,18 +8,16 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-_NUMPY_1 = "numpy.core.multiarray"
+from diffgap_lightning.torch_files import HoldsCodeError, first_sentence, read_torch_file
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -63,11 +59,11 @@ def loading(name: str) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{name}: holds more than tensors ({_first_sentence(error)}); get it as safetensors"
+            f"{name}: holds more than tensors ({first_sentence(error)}); get it as safetensors"
         ) from error
     except (RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(
-            f"{name}: cannot be loaded ({_first_sentence(error) or type(error).__name__}); its files are damaged or of "
+            f"{name}: cannot be loaded ({first_sentence(error) or type(error).__name__}); its files are damaged or of "
             "another model: copy them again"
         ) from error
 
@@ -81,40 +77,13 @@ def without_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict
 
 def _load(path: Path) -> Any:
     try:
-        with _numpy_allowed():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # written before the zip format, which alone can be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return read_torch_file(path)
+    except HoldsCodeError as error:
         raise ValueError(
-            f"{path}: holds more than tensors ({_first_sentence(error)}) and would run code when loaded; if you trust "
+            f"{error} and would run code when loaded; if you trust "
             "its source, convert it once: python -c \"import torch; s = torch.load('IN.pt', map_location='cpu', "
             "weights_only=False); torch.save(s.get('state_dict', s), 'OUT.pt')\""
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch file ({_first_sentence(error)}); copy it again") from error
-
-
-def _numpy_allowed() -> AbstractContextManager[Any]:
-    """Let the restricted unpickler build NumPy numbers and arrays, which NumPy 1 and 2 pickle under two names."""
-    if not hasattr(torch.serialization, "safe_globals"):  # before PyTorch 2.5
-        return nullcontext()
-    newer = int(np.__version__.split(".")[0]) >= 2
-    multiarray = import_module("numpy._core.multiarray" if newer else _NUMPY_1)
-    functions = [multiarray.scalar, multiarray._reconstruct]
-    kinds = ("f4", "f8", "i4", "i8", "u4", "u8", "?")
-    allowed = [*functions, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
-    if newer:
-        allowed += [(function, f"{_NUMPY_1}.{function.__name__}") for function in functions]
-    return torch.serialization.safe_globals(allowed)
-
-
-def _first_sentence(error: Exception) -> str:
-    """The part of a long message that names the reason."""
-    text = " ".join(str(error).split())
-    found = text.find("Unsupported global")
-    return text[found if found >= 0 else 0 :].split(". ")[0][:160]
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ yields first.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -33,6 +34,7 @@ from diffgap_lightning.training.measures import PairMean, gallery_measures, gall
 from diffgap_lightning.training.objective import Objective, ObjectiveName
 from diffgap_lightning.training.recorded import Capture, RecordedTraining
 from diffgap_lightning.training.seeded import seeded
+from diffgap_lightning.training.restore import confine_files, read_checkpoint
 from diffgap_lightning.training.shares import of_all_ranks, own_rows
 
 Batch = Mapping[str, Tensor]
@@ -174,8 +176,38 @@ class DiffGAPModule(RecordedTraining):
         if self.refiner is not None:
             checkpoint[_CHECKPOINT_KEY] = {"schema_version": SCHEMA_VERSION, "refiner": asdict(self.refiner.config)}
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True,
+        weights_only: bool = True, **settings: Any,
+    ) -> DiffGAPModule:  # fmt: skip
+        """Build a module with these settings and the checkpoint's refiner; nothing in the file is executed.
+
+        Args:
+            checkpoint_path: A `.ckpt` file.
+            map_location: Device of the tensors.
+            strict: Refuse missing and unexpected weights.
+            weights_only: For Lightning's sake; False is refused, because these checkpoints hold only data.
+            **settings: The constructor's arguments. The checkpoint never brings any.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, of another module, or more than tensors and plain values.
+        """
+        if not weights_only:
+            raise ValueError("weights_only: got False; DiffGAP's checkpoints hold only data, leave it out")
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        module = cls(**settings)
+        module.on_load_checkpoint(checkpoint)
+        try:
+            module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ValueError(f"{checkpoint_path}: its weights do not fit ({' '.join(str(error).split())[:300]})") from error
+        return module
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the refiner that the checkpoint holds, or check that it is the one that was built from the data."""
+        confine_files(checkpoint)
         record = checkpoint.get(_CHECKPOINT_KEY)
         if not isinstance(record, dict):
             raise ValueError("checkpoint: holds no DiffGAP refiner; was it written by another LightningModule?")
@@ -186,7 +218,9 @@ class DiffGAPModule(RecordedTraining):
                 "upgrade diffgap-lightning to go on from it"
             )
         prefix = "refiner."
-        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if str(k).startswith(prefix)}
+        if not isinstance(record.get("refiner"), dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError("checkpoint: its refiner has no configuration or no tensors; the file was altered")
         loaded = DiffGAPRefiner.from_state(record["refiner"], state)
         if self.refiner is None:
             self.refiner = loaded.to(self.device)
