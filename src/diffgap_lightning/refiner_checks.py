@@ -1,4 +1,4 @@
-"""What a refiner's folder may claim: every value of its configuration has a type and a range, every size has its tensor.
+"""What a refiner's folder may claim: every value of its configuration has a type and range, every size its tensor.
 
 A folder may come from a stranger. Its `config.json` is text that names sizes, and building first and comparing later
 would let `"width": 1000000` claim all memory; so the refiner is assembled without storage (on PyTorch's meta device),
@@ -102,7 +102,9 @@ def check_claims(config: Any, assemble: Callable[[], nn.Module], tensors: Mappin
     """
     for name, count in (("depth", config.depth), ("pairs", len(config.pairs))):
         if count > len(tensors):  # each needs tensors of its own; a loop over a false claim could last for years
-            raise ValueError(f"refiner: the tensors do not fit the configuration ({name} {count} of {len(tensors)} tensors)")
+            raise ValueError(
+                f"refiner: the tensors do not fit the configuration ({name} {count} of {len(tensors)} tensors)"
+            )
     try:
         with torch.device("meta"):
             expected = {name: tuple(value.shape) for name, value in assemble().state_dict().items()}

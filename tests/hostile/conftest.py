@@ -34,6 +34,7 @@ def corpus() -> ModuleType:
 @pytest.fixture(scope="session")
 def fuzz(corpus: ModuleType) -> ModuleType:
     """The module `fuzz.py`: every reader as a function of bytes."""
+    load("mutations")
     return load("fuzz")
 
 

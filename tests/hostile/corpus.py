@@ -1,7 +1,7 @@
 """Files that a stranger might send, made on the spot: honest ones to start from, and payloads that would leave a trace.
 
-A `Canary` is a pickle whose loading creates a file. Every test that plants one also asserts that the file is absent, and
-`test_pickles.py` shows once that the canary sings when it is really unpickled.
+A `Canary` is a pickle whose loading creates a file. Every test that plants one also asserts that the file is absent,
+and `test_pickles.py` shows once that the canary sings when it is really unpickled.
 """
 
 from __future__ import annotations

@@ -170,7 +170,12 @@ def test_a_configuration_s_sizes_are_compared_before_anything_is_built(claim, ho
 def test_a_bridge_s_directions_must_be_of_its_modalities(honest: Path, tmp_path: Path) -> None:
     from diffgap_lightning.bridges import load_bridge
 
-    for change in ({"dims": {"text": 6}}, {"directions": []}, {"directions": [["text", "text"]]}, {"dims": {"text": 1e999}}):
+    for change in (
+        {"dims": {"text": 6}},
+        {"directions": []},
+        {"directions": [["text", "text"]]},
+        {"dims": {"text": 1e999}},
+    ):
         folder = shutil.copytree(honest / "ridge", tmp_path / str(len(list(tmp_path.iterdir()))))
         record = json.loads((folder / "config.json").read_text())
         record["config"] |= change

@@ -97,7 +97,9 @@ def test_a_refiner_s_folder_holds_no_other_file_that_is_read(corpus, canary, hon
     assert isinstance(DiffGAPRefiner.from_pretrained(folder), DiffGAPRefiner)
 
 
-def test_settings_and_class_paths_in_a_checkpoint_are_not_read(honest: Path, canary: Path, tmp_path, monkeypatch) -> None:
+def test_settings_and_class_paths_in_a_checkpoint_are_not_read(
+    honest: Path, canary: Path, tmp_path, monkeypatch
+) -> None:
     """Lightning's loader would import the class that a checkpoint's hyper-parameters name."""
     (tmp_path / "evil_optimizer.py").write_text(f"open({str(canary)!r}, 'w')\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -73,9 +73,15 @@ def test_another_encoder_is_refused(folder: Path) -> None:
     [
         ({"schema_version": 2}, "schema_version 2, this version reads 1 to 1; upgrade"),
         ({"kind": "RidgeBridge"}, "holds a RidgeBridge, expected a DiffGAPRefiner"),
-        ({"config": {"width": 24}}, r"the tensors do not fit the configuration .*no_condition: \[20\], expected \[30\]"),
+        (
+            {"config": {"width": 24}},
+            r"the tensors do not fit the configuration .*no_condition: \[20\], expected \[30\]",
+        ),
         ({"config": {"width": 10**6}}, "the tensors do not fit the configuration"),  # 4 TB a layer
-        ({"config": {"dims": {"text": 10**9, "audio": 16}}}, "the tensors do not fit the configuration .space.text_mean"),
+        (
+            {"config": {"dims": {"text": 10**9, "audio": 16}}},
+            "the tensors do not fit the configuration .space.text_mean",
+        ),
         ({"config": {"dims": {"text": 10**30, "audio": 16}}}, "dims text: got 10*, expected a whole number from 1"),
         ({"config": {"depth": 2}}, "the tensors do not fit the configuration .*blocks.1.modulation.weight: missing"),
         ({"config": {"depth": 10**9}}, "the tensors do not fit the configuration .depth 1000000000 of"),
@@ -88,7 +94,10 @@ def test_another_encoder_is_refused(folder: Path) -> None:
         ({"config": {"start": "posterior"}}, "start: got 'posterior'"),
         ({"config": {"prediction": "x1"}}, "prediction: got 'x1'"),
         ({"config": {"pairs": [["text", "video"]]}}, "pairs: got"),
-        ({"config": {"bridges": {}}}, "the tensors do not fit the configuration .*bridges.cca.map:audio->text: not expected"),
+        (
+            {"config": {"bridges": {}}},
+            "fusion text->audio: got .*expected a positive weight and only",
+        ),
         ({"config": {"bridges": {"os.system": {}}}}, "do not know os.system"),
         ({"config": {"restore": {"audio->text": 1.0}}}, "restore, fusion or bridges lack or do not know text->audio"),
         ({"config": {"fusion": {}}}, "restore, fusion or bridges lack or do not know text->audio"),

@@ -203,7 +203,11 @@ class Bridge(nn.Module):
             bridge._start(directions, {str(m): int(d) for m, d in config["dims"].items()})
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{cls.__name__}: the configuration does not fit this class ({error})") from error
-        if not directions or {m for d in directions for m in d} - set(bridge.dims) or any(s == t for s, t in directions):
+        if (
+            not directions
+            or {m for d in directions for m in d} - set(bridge.dims)
+            or any(s == t for s, t in directions)
+        ):
             raise ValueError(f"{cls.__name__}: directions {directions} do not fit dims {bridge.dims}")
         expected = bridge._tensor_names()
         if set(tensors) != expected:

@@ -60,12 +60,14 @@ def iter_headers(file: IO[bytes] | Any, whole: bool = False) -> Iterator[tarfile
                     raise tarfile.ReadError(f"the header at byte {member.offset} claims {member.size} bytes")
                 end = member.offset_data
                 yield member
-            stopped = tar.offset  # type: ignore[attr-defined]
+            stopped = tar.offset
     except (tarfile.TarError, OSError):
         raise
     except Exception as error:  # tarfile's parser lets ValueError, OverflowError, RecursionError and others through
         reason = " ".join(str(error).split())[:200]
-        raise tarfile.ReadError(f"damaged header after byte {max(end, 0)} ({type(error).__name__}: {reason})") from error
+        raise tarfile.ReadError(
+            f"damaged header after byte {max(end, 0)} ({type(error).__name__}: {reason})"
+        ) from error
     if whole:
         window.seek(stopped)
         block = window.read(RECORD)

@@ -58,9 +58,7 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{name}: holds more than tensors ({first_sentence(error)}); get it as safetensors"
-        ) from error
+        raise ValueError(f"{name}: holds more than tensors ({first_sentence(error)}); get it as safetensors") from error
     except (RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(
             f"{name}: cannot be loaded ({first_sentence(error) or type(error).__name__}); its files are damaged or of "

@@ -33,8 +33,8 @@ from diffgap_lightning.training.gallery import Gallery
 from diffgap_lightning.training.measures import PairMean, gallery_measures, gallery_parts, gallery_values, target_noise
 from diffgap_lightning.training.objective import Objective, ObjectiveName
 from diffgap_lightning.training.recorded import Capture, RecordedTraining
-from diffgap_lightning.training.seeded import seeded
 from diffgap_lightning.training.restore import confine_files, read_checkpoint
+from diffgap_lightning.training.seeded import seeded
 from diffgap_lightning.training.shares import of_all_ranks, own_rows
 
 Batch = Mapping[str, Tensor]
@@ -202,7 +202,9 @@ class DiffGAPModule(RecordedTraining):
         try:
             module.load_state_dict(checkpoint["state_dict"], strict=strict)
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(f"{checkpoint_path}: its weights do not fit ({' '.join(str(error).split())[:300]})") from error
+            raise ValueError(
+                f"{checkpoint_path}: its weights do not fit ({' '.join(str(error).split())[:300]})"
+            ) from error
         return module
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
