@@ -41,6 +41,21 @@ def _backend_precision() -> Iterator[None]:
             backend.fp32_precision = value
 
 
+@contextmanager
+def tensor_float32(device: torch.device) -> Iterator[None]:
+    """Round the factors of float32 products to TF32's three digits where bfloat16 autocast is on, on a GPU."""
+    on = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    if not on or not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        yield
+        return
+    backend = torch.backends.cuda.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
 def column_mean(x: Tensor) -> Tensor:
     """Mean row `(D,)` of `(N, D)` in float64, without a float64 copy of the rows."""
     return widest(x).mean(0, dtype=torch.float64)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffgap_lightning.diffusion.prediction import Prediction
 from diffgap_lightning.diffusion.schedule import ScheduleName
 from diffgap_lightning.functional.pairs import pair_indices
+from diffgap_lightning.functional.precision import tensor_float32
 from diffgap_lightning.losses import Split, Weighting, split_batch
 from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
 from diffgap_lightning.training.gallery import Gallery
@@ -281,9 +282,10 @@ class DiffGAPModule(RecordedTraining):
             here += [(s, t)] if len(share) else []
             condition, x0 = z[s][rows], z[t][rows]
             draws = self.objective.draw(condition, x0, generator, share)
-            parts[s, t] = self._loss(
-                refiner.cdm_of(s, t), condition, x0, ids[t][rows], *gallery[t], self.logit_scale, draws
-            )
+            with tensor_float32(self.device):  # the closed form, whose noise is far above the rounding
+                parts[s, t] = self._loss(
+                    refiner.cdm_of(s, t), condition, x0, ids[t][rows], *gallery[t], self.logit_scale, draws
+                )
         loss = torch.stack([p["loss"] for p in parts.values()]).sum() + self._idle_parameters(here)
         return {"loss": loss} | {f"{name}/{s}_to_{t}": x for (s, t), p in parts.items() for name, x in p.items()}
 

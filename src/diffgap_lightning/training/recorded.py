@@ -114,6 +114,7 @@ class WholeStep:
 
 def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Keep on the device what changes from step to step: the count of steps and the learning rate."""
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are meant
     for group in optimizer.param_groups:
         device = group["params"][0].device
         group["capturable"], group["lr"] = True, torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
