@@ -58,12 +58,12 @@ class GiveBackValidation(Callback):
         if trained.config.frames or any(len(pair_indices(ids[s], ids[t])[0]) > pl_module.few_pairs for s, t in pairs):
             return
         gain, error = gain_of_network(trained, val.embeddings, val.ids)
-        verdict = f"the network lowers the validation error by {gain:.4f} (standard error {error:.4f})"
+        verdict = f"the network changes the validation error by {-gain:+.4f} (standard error {error:.4f})"
         if gain > self.tolerance * error:
             rank_zero_info(f"{verdict}: it is kept")
             return
         self._measure(pl_module, trained, embeddings, ids, folder)
-        rank_zero_info(f"{verdict}: too little, {folder} holds closed forms of training and validation rows instead")
+        rank_zero_info(f"{verdict}, no clear gain: {folder} holds closed forms of training and validation rows instead")
 
     @staticmethod
     def _measure(module: DiffGAPModule, trained: DiffGAPRefiner, embeddings: Rows, ids: Rows, folder: Path) -> None:
