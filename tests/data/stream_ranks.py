@@ -85,12 +85,13 @@ def run(job: dict[str, Any], rank: int, world: int) -> None:
     log.close()
 
 
-def main() -> None:
+def main(jobs: str) -> None:
+    """Run the jobs of a file, one after the other."""
     warnings.simplefilter("ignore")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])  # a trainer removes them at its end
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(jobs).read_text()):
         run(job, rank, world)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -97,15 +97,18 @@ def test_two_ranks_end_together_with_the_metrics_of_one(shards: Callable, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_ids_on_both_ranks(shards: Callable, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_the_same_ids_on_both_ranks(shards: Callable, tmp_path: Path, runs: Any) -> None:
+    def start(jobs: list[dict[str, Any]]) -> list[int]:
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        return runs(tmp_path / "log", str(tmp_path / "jobs.json"), call=[str(SCRIPT), "main"], world=2)
+
     train, val = shards(150, count=3, name="train", block=7), shards(10, name="val")
     job = {"train": str(train), "val": str(val), "context": "fork", "epochs": 2}
     whole = job | {"out": str(tmp_path / "whole")}
     killed = job | {"out": str(tmp_path / "killed"), "save_at": [1, 2], "die_at": [1, 5]}
-    status = launch([whole, killed], tmp_path, 2, 180)
-    assert set(status) == {-signal.SIGKILL}, (tmp_path / "stderr.0").read_text()
+    assert set(start([whole, killed])) == {-signal.SIGKILL}, runs.said(tmp_path / "log")
     resumed = job | {"out": str(tmp_path / "resumed"), "ckpt": str(tmp_path / "killed.ckpt")}
-    assert launch([resumed], tmp_path, 2, 180) == [0, 0], (tmp_path / "stderr.0").read_text()
+    assert start([resumed]) == [0, 0], runs.said(tmp_path / "log")
     for rank in range(2):
         uninterrupted = read(tmp_path / "whole", rank)["steps"]
         assert len(uninterrupted) == 18

@@ -76,58 +76,70 @@ def pairs(ranks: list[list[list[Any]]]) -> list[set[int]]:
     return [{i for ids in together for i in ids} for together in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize(("split", "contrast", "worlds"), [("bst", 0.0, (2, 4)), ("joint", 0.2, (2,))])
-def test_any_number_of_ranks_is_the_single_process(
-    fit: Callable, runs: Any, tmp_path: Path, split: str, contrast: float, worlds: tuple[int, ...]
-) -> None:
-    """The other splits are in `test_shares.py`, which needs no processes."""
-    seen: dict[int, list[list[list[Any]]]] = {}
-    for world in (1, *worlds):
-        log = tmp_path / str(world) / "log"
-        log.parent.mkdir()
-        assert fit(log, world, f"--model.split={split}", f"--model.contrastive_weight={contrast}") == [0] * world, (
-            runs.said(log)
-        )
-        seen[world] = [runs.seen(log, rank) for rank in range(world)]
-    losses, validations = figures(seen[1][0])
+JOINT = ["--model.split=joint", "--model.contrastive_weight=0.2"]
+
+
+@pytest.fixture(scope="module")
+def two(fit: Callable, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of two ranks that were not disturbed."""
+    log = tmp_path_factory.mktemp("two") / "log"
+    assert fit(log, 2, *JOINT) == [0, 0], runs.said(log)
+    return log
+
+
+def same(ranks: list[list[list[Any]]], alone: list[list[Any]], leave: str = "") -> None:
+    """Each of the ranks reports the single process's losses and figures, and together they saw its rows."""
+    losses, validations = figures(alone)
     assert (len(losses), len(validations)) == (12, 2)
-    alone = DiffGAPRefiner.from_pretrained(tmp_path / "1" / "refiner")
-    for world in worlds:
-        assert pairs(seen[world]) == pairs(seen[1])
-        for rank in seen[world]:
-            found, measured = figures(rank)
-            assert found == pytest.approx(losses, rel=1e-5)
-            for ours, theirs in zip(measured, validations, strict=True):
-                if contrast:  # in validation that term has the candidates of a rank's batch
-                    ours.pop("val/loss"), theirs.pop("val/loss", None)
-                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-        refiner = DiffGAPRefiner.from_pretrained(tmp_path / str(world) / "refiner")
-        for name, value in alone.state_dict().items():
-            torch.testing.assert_close(refiner.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert pairs(ranks) == pairs([alone])
+    for rank in ranks:
+        found, measured = figures(rank)
+        assert found == pytest.approx(losses, rel=1e-5)
+        for ours, theirs in zip(measured, validations, strict=True):
+            expected = {name: value for name, value in theirs.items() if name != leave}
+            assert {k: v for k, v in ours.items() if k != leave} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def same_refiner(folder: Path, alone: Path) -> None:
+    a, b = (DiffGAPRefiner.from_pretrained(f / "refiner").state_dict() for f in (folder, alone))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_four_ranks_are_the_single_process(fit: Callable, runs: Any, tmp_path: Path) -> None:
+    """With `bst`; the other splits are in `test_shares.py`, which needs no processes."""
+    for world in (1, 4):
+        (tmp_path / str(world)).mkdir()
+        assert fit(tmp_path / str(world) / "log", world) == [0] * world, runs.said(tmp_path / str(world) / "log")
+    same([runs.seen(tmp_path / "4" / "log", rank) for rank in range(4)], runs.seen(tmp_path / "1" / "log"))
+    same_refiner(tmp_path / "4", tmp_path / "1")
+
+
+def test_two_ranks_with_a_contrastive_term_are_the_single_process(
+    fit: Callable, runs: Any, tmp_path: Path, two: Path
+) -> None:
+    assert fit(tmp_path / "log", 1, *JOINT) == [0], runs.said(tmp_path / "log")
+    # In validation that term has the candidates of a rank's batch.
+    same([runs.seen(two, rank) for rank in range(2)], runs.seen(tmp_path / "log"), leave="val/loss")
+    same_refiner(two.parent, tmp_path)
 
 
 def test_ranks_that_are_told_to_stop_or_lose_one_go_on_as_if_nothing_had_been(
-    fit: Callable, runs: Any, tmp_path: Path
+    fit: Callable, runs: Any, tmp_path: Path, two: Path
 ) -> None:
-    whole, broken = tmp_path / "whole" / "log", tmp_path / "broken"
-    whole.parent.mkdir()
-    broken.mkdir()
-    assert fit(whole, 2) == [0, 0], runs.said(whole)
+    told, killed, end = (tmp_path / name for name in ("told", "killed", "end"))
     # One rank is told, in the middle of accumulated batches: both stop after the step.
-    assert fit(broken / "told", 2, probe=["SIGTERM", "train", 0, 2], rank=1) == [143, 143], runs.said(broken / "told")
+    assert fit(told, 2, *JOINT, probe=["SIGTERM", "train", 0, 2], rank=1) == [143, 143], runs.said(told)
     # One rank is killed: the other does not wait for it.
-    first, second = fit(broken / "killed", 2, probe=["SIGKILL", "train", 1, 3], rank=1)
-    assert second == -9
-    assert first == 2
-    assert runs.said(broken / "killed").splitlines()[-1].startswith("diffgap fit: error: another rank ended")
-    assert fit(broken / "end", 2) == [0, 0]
+    assert fit(killed, 2, *JOINT, probe=["SIGKILL", "train", 1, 3], rank=1) == [2, -9], runs.said(killed)
+    assert runs.said(killed).splitlines()[-1].startswith("diffgap fit: error: another rank ended")
+    assert fit(end, 2, *JOINT) == [0, 0]
     for rank in range(2):
-        expected = runs.seen(whole, rank)
-        told, killed, end = (runs.seen(broken / name, rank) for name in ("told", "killed", "end"))
-        assert told == expected[:4]
-        assert killed == expected[4:10]  # the first epoch, with its validation, has 7 lines
-        assert end == expected[9:]  # the last optimizer step was that of its second batch
-    a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole.parent, broken))
+        expected = runs.seen(two, rank)
+        assert runs.seen(told, rank) == expected[:4]
+        assert runs.seen(killed, rank) == expected[4:10]  # the first epoch, with its validation, has 7 lines
+        assert runs.seen(end, rank) == expected[9:]  # the last optimizer step was that of its second batch
+    a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (two.parent, tmp_path))
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
 
