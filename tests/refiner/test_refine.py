@@ -131,3 +131,17 @@ def test_guidance_1_is_the_default_and_0_ignores_the_condition(rows, refiner) ->
 def test_dropout_is_off_in_a_refiner_that_was_measured_or_loaded(untrained, own) -> None:
     assert not own.training
     assert not untrained.training
+
+
+def test_noise_may_be_given_instead_of_drawn(rows, own) -> None:
+    x = rows(n=9, seed=1)[0]["text"]
+    width = own.config.ranks["audio"]
+    noise = torch.randn(9, width, generator=torch.Generator().manual_seed(5))
+    options = {"source": "text", "target": "audio", "strength": 0.7}
+    given = own.refine(x, **options, noise=noise)
+    assert torch.equal(given, own.refine(x, **options, generator=torch.Generator().manual_seed(5)))
+    torch.testing.assert_close(own.refine(x[4:], **options, noise=noise[4:]), given[4:])
+    with pytest.raises(ValueError, match=rf"noise: got \(9, {width - 1}\), expected \(9, {width}\)"):
+        own.refine(x, **options, noise=noise[:, 1:])
+    with pytest.raises(ValueError, match="noise: got some beside several sources"):
+        own.refine({"text": x}, target="audio", noise=noise)

@@ -220,8 +220,9 @@ def test_validation_outside_a_fit_changes_nothing_and_repeats_itself(run, tmp_pa
     assert loaded.refiner.config == before
     assert figures[0] == figures[1]
     batched = trainer(tmp_path).validate(loaded, loader("val", 7), verbose=False)[0]
-    for name in ("val/r1", "val/text_to_audio/map10", "val/audio_to_text/median_rank"):
-        assert batched[name] == pytest.approx(figures[0][name], abs=1e-6)  # how rows are batched does not matter
+    assert batched == pytest.approx(
+        figures[0], abs=1e-5
+    )  # how rows are batched does not matter, a row's noise is its own
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "regression"])
