@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +46,9 @@ class Watch(Callback):
 
 
 def peak_mb() -> float:
-    """The largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """The largest resident set so far; `getrusage` would count that of the process that started this one."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1e3
 
 
 def fit(pairs: int, epochs: float = 1.0, dim: int = DIM, stream: bool = False) -> dict[str, float]:
