@@ -28,6 +28,19 @@ def test_unknown_schemes_are_refused(url: str) -> None:
         check_url(url)
 
 
+METADATA = ("169.254.169.254", "2852039166", "0xA9FEA9FE", "169.254.43518", "[fe80::1]", "[::ffff:169.254.169.254]",
+            "[fd00:ec2::254]", "metadata.google.internal", "user@169.254.169.254:80")  # fmt: skip
+
+
+@pytest.mark.parametrize("host", METADATA)
+def test_a_machine_s_own_credentials_are_never_fetched(host: str) -> None:
+    """Each is another way to write the address of a cloud machine's metadata."""
+    for read in (check_url, read_bytes, partial(read_range, offset=0, size=1)):
+        with pytest.raises(ValueError, match="a link-local address"):
+            read(f"http://{host}/latest/x.tar")
+    assert check_url("http://169.253.1.1/x.tar") == "http://169.253.1.1/x.tar"
+
+
 def test_paths_and_known_schemes_pass() -> None:
     assert check_url("file:///a/b.tar") == "/a/b.tar"
     assert [check_url(u) for u in ("a/b:c.tar", "s3://b/k.tar", "HTTPS://h/x")] == [

@@ -5,19 +5,23 @@
     https://host/train-{000000..000041}.tar   a brace pattern
 
 Only the schemes in `REMOTE_SCHEMES` are opened. `pipe:` addresses, which other readers hand to a shell, are refused by
-name, and so is every other scheme. Reading from the network is tried again before it counts as a failure.
+name, and so is every other scheme, and so are link-local addresses such as 169.254.169.254, where cloud machines keep
+their credentials. Reading from the network is tried again before it counts as a failure.
 """
 
 from __future__ import annotations
 
 import glob
+import ipaddress
 import os
 import posixpath
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -31,7 +35,7 @@ def check_url(url: str) -> str:
     """Return `url` with a leading `file://` removed, if it is one that may be opened.
 
     Raises:
-        ValueError: a `pipe:` address or a scheme that is not among `REMOTE_SCHEMES`.
+        ValueError: a `pipe:` address, a scheme that is not among `REMOTE_SCHEMES`, or a link-local host.
     """
     if url.startswith("file://"):
         return url.removeprefix("file://")
@@ -41,7 +45,24 @@ def check_url(url: str) -> str:
         raise ValueError(f"{url}: pipe: addresses run a shell command and are never opened; give the file's address")
     if found and found.group(2) is not None and (scheme not in REMOTE_SCHEMES or found.group(2) == ":"):
         raise ValueError(f"{url}: cannot open {scheme}: addresses, expected a path or {', '.join(REMOTE_SCHEMES)}")
+    if scheme in ("http", "https") and _is_link_local(urlsplit(url).hostname or ""):
+        raise ValueError(f"{url}: a link-local address, where machines keep their credentials; it is never opened")
     return url
+
+
+def _is_link_local(host: str) -> bool:
+    """Whether a host is a literal link-local address, in any way of writing it, or a metadata service by name."""
+    if host.rstrip(".").lower() == "metadata.google.internal":
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # 2852039166, 0xA9FEA9FE, 169.254.43518
+        except OSError:
+            return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
 
 def is_remote(url: str) -> bool:
