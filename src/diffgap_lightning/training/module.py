@@ -1,49 +1,38 @@
 """`DiffGAPModule`: trains a refiner's denoisers with Lightning; the refiner itself is `module.refiner`.
 
 The closed-form half of the refiner (space, Gaussian denoisers, bridges) is measured from the training rows when the fit
-starts, the same on all ranks. Training then improves the networks, each batch split between the directions (BST).
-Validation ranks the full gallery with the fused score, whose weights are fitted there, and measures the gap; the best
-refiner is what `callbacks.SaveRefiner` writes.
+starts (see `owner.py`). Training then improves the networks, each batch split between the directions (BST), on any
+number of ranks as on one. Validation ranks the full gallery (see `evaluated.py`); the best refiner is what
+`callbacks.SaveRefiner` writes.
 
 A batch is `{modality: (B, D), "<modality>_id": (B,)}`; in evaluation also `"<modality>_row"`. Sequences `(B, T, D)`
-train a refiner of sequences. Anything that yields such batches can train a refiner. Where the datamodule has
-`rows("train", max_rows=...)` the closed forms are measured on these rows, otherwise on those that the training loader
-yields first.
+train a refiner of sequences. Anything that yields such batches can train a refiner.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffgap_lightning.diffusion.prediction import Prediction
 from diffgap_lightning.diffusion.schedule import ScheduleName
-from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.precision import tensor_float32
 from diffgap_lightning.losses import Split, Weighting, split_batch
-from diffgap_lightning.refiner import DiffGAPRefiner, Direction, Start
-from diffgap_lightning.training.gallery import Gallery
-from diffgap_lightning.training.measures import PairMean, gallery_measures, gallery_parts, gallery_values, target_noise
+from diffgap_lightning.refiner import Direction, Start
+from diffgap_lightning.training.evaluated import EvaluatedModule, encode_rows
 from diffgap_lightning.training.objective import Objective, ObjectiveName
-from diffgap_lightning.training.recorded import Capture, RecordedTraining
-from diffgap_lightning.training.restore import confine_files, read_checkpoint
+from diffgap_lightning.training.recorded import Capture
 from diffgap_lightning.training.seeded import seeded
 from diffgap_lightning.training.shares import of_all_ranks, own_rows
 
 Batch = Mapping[str, Tensor]
-_CHECKPOINT_KEY = "diffgap"
-SCHEMA_VERSION = 1  # of what a checkpoint holds under this key; raised when older versions could not read it
 
 
-class DiffGAPModule(RecordedTraining):
+class DiffGAPModule(EvaluatedModule):
     """Bidirectional training of a `DiffGAPRefiner`.
 
     Args:
@@ -109,148 +98,23 @@ class DiffGAPModule(RecordedTraining):
         capture: Capture = "auto",
         compile: bool = False,
     ) -> None:
-        super().__init__(capture, skip_non_finite)
         # Settings come from the caller or the YAML, never from a checkpoint, so no hyper-parameters are saved.
-        self.pairs = None if pairs is None else [(s, t) for s, t in pairs]
-        self.choices: dict[str, Any] = {
+        choices = {
             "width": width, "depth": depth, "dropout": dropout, "prediction": prediction, "schedule": schedule,
             "start": start, "strength": 0.0 if objective == "regression" else strength, "num_steps": num_steps,
             "blend": blend,
         }  # fmt: skip
-        self.rank, self.split, self.seed, self.max_rows, self.few_pairs = rank, split, seed, max_rows, few_pairs
-        self.objective = Objective(
+        loss = Objective(
             objective, loss_weighting, contrastive_weight, condition_dropout, condition_noise, share_of_noise
         )
-        self._loss = torch.compile(self.objective.loss, dynamic=False) if compile else self.objective.loss
+        super().__init__(
+            loss, seed, refiner=refiner, pairs=pairs, rank=rank, max_rows=max_rows, few_pairs=few_pairs,
+            choices=choices, capture=capture, skip_non_finite=skip_non_finite,
+        )  # fmt: skip
+        self.split = split
+        self._loss = torch.compile(loss.loss, dynamic=False) if compile else loss.loss
         self.optimizer, self.lr_scheduler = _kept_whole(optimizer), _kept_whole(lr_scheduler)
-        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
-        self.refiner: DiffGAPRefiner | None = None if refiner is None else DiffGAPRefiner.from_pretrained(refiner)
-        self.measured_here = False  # whether the closed forms are of this run's own training rows
-        self._gallery, self._pair_mean = Gallery(), PairMean()
         self._generators: dict[torch.device, torch.Generator] = {}
-
-    # ---- the refiner ----------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Measure the closed forms on the training rows when a fit starts."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._measure_if_missing()
-            refiner = self._same_encoder().train()  # a refiner that was loaded is in inference mode
-            if refiner.config.encoder is None:
-                refiner.config = replace(refiner.config, encoder=self._data_encoder())
-
-    def on_fit_end(self) -> None:
-        """Leave a refiner that can be used at once, without dropout."""
-        self._ready().eval()
-
-    def _measure_if_missing(self) -> None:
-        if self.refiner is not None:
-            return
-        embeddings, ids, encoder = self._training_rows()
-        with torch.inference_mode(False):  # what a validation measures can be trained afterwards
-            refiner = DiffGAPRefiner.measure(
-                embeddings, ids, self.pairs, self.rank, few_pairs=self.few_pairs, encoder=encoder, **self.choices
-            )
-            state = self.trainer.strategy.broadcast((asdict(refiner.config), refiner.state_dict()))
-            self.refiner = DiffGAPRefiner.from_state(*state).to(self.device)
-        self.measured_here = True
-
-    def _training_rows(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str | None]:
-        rows = getattr(getattr(self.trainer, "datamodule", None), "rows", None)
-        if rows is not None:
-            table = rows("train", max_rows=self.max_rows)
-            return table.embeddings, table.ids, getattr(table, "encoder", None)
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            raise ValueError("no refiner yet: give ckpt_path=CHECKPOINT, refiner=FOLDER, or a datamodule with rows()")
-        self.trainer.fit_loop.setup_data()
-        loader = self.trainer.train_dataloader
-        batches = [] if loader is None else list(islice(loader, 1 + self.max_rows // 256))
-        if not batches:
-            raise ValueError("the training loader yielded no batch: nothing to measure the space on")
-        modalities = [k for k in batches[0] if f"{k}_id" in batches[0]]
-        joined = {k: torch.cat([b[k] for b in batches]) for m in modalities for k in (m, f"{m}_id")}
-        return {m: joined[m] for m in modalities}, {m: joined[f"{m}_id"] for m in modalities}, None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the refiner's configuration beside its weights."""
-        super().on_save_checkpoint(checkpoint)
-        if self.refiner is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"schema_version": SCHEMA_VERSION, "refiner": asdict(self.refiner.config)}
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True,
-        weights_only: bool = True, **settings: Any,
-    ) -> DiffGAPModule:  # fmt: skip
-        """Build a module with these settings and the checkpoint's refiner; nothing in the file is executed.
-
-        Args:
-            checkpoint_path: A `.ckpt` file.
-            map_location: Device of the tensors.
-            strict: Refuse missing and unexpected weights.
-            weights_only: For Lightning's sake; False is refused, because these checkpoints hold only data.
-            **settings: The constructor's arguments. The checkpoint never brings any.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: damaged, of another module, or more than tensors and plain values.
-        """
-        if not weights_only:
-            raise ValueError("weights_only: got False; DiffGAP's checkpoints hold only data, leave it out")
-        checkpoint = read_checkpoint(checkpoint_path, map_location)
-        module = cls(**settings)
-        module.on_load_checkpoint(checkpoint)
-        try:
-            module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{checkpoint_path}: its weights do not fit ({' '.join(str(error).split())[:300]})"
-            ) from error
-        return module
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the refiner that the checkpoint holds, or check that it is the one that was built from the data."""
-        confine_files(checkpoint)
-        record = checkpoint.get(_CHECKPOINT_KEY)
-        if not isinstance(record, dict):
-            raise ValueError("checkpoint: holds no DiffGAP refiner; was it written by another LightningModule?")
-        version = record.get("schema_version")
-        if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-            raise ValueError(
-                f"checkpoint: schema_version {version!r}, this version reads 1 to {SCHEMA_VERSION}; "
-                "upgrade diffgap-lightning to go on from it"
-            )
-        prefix = "refiner."
-        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if str(k).startswith(prefix)}
-        if not isinstance(record.get("refiner"), dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError("checkpoint: its refiner has no configuration or no tensors; the file was altered")
-        loaded = DiffGAPRefiner.from_state(record["refiner"], state)
-        if self.refiner is None:
-            self.refiner = loaded.to(self.device)
-            return
-        _check_same_architecture(self.refiner, loaded)
-        fitted = {
-            name: getattr(loaded.config, name)
-            for name in ("restore", "fusion", "fusion_prior", "fusion_queries", "bridges")
-        }
-        self.refiner.config = replace(self.refiner.config, **fitted)
-
-    def _data_encoder(self) -> str | None:
-        """Fingerprint of the encoder that made the datamodule's rows, where both are known."""
-        return getattr(getattr(self.trainer, "datamodule", None), "encoder", None)
-
-    def _same_encoder(self) -> DiffGAPRefiner:
-        """The refiner, once it is sure that the data lie in its space."""
-        refiner = self._ready()
-        refiner.check_encoder(self._data_encoder())
-        return refiner
-
-    def _ready(self) -> DiffGAPRefiner:
-        if self.refiner is None:
-            raise RuntimeError("the refiner is not built yet: fit, or load a checkpoint, or give refiner=FOLDER")
-        return self.refiner
-
-    # ---- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of aligned pairs, summed over the directions that share it."""
@@ -270,7 +134,7 @@ class DiffGAPModule(RecordedTraining):
     def losses(self, batch: Batch, kind: int) -> dict[str, Tensor]:
         """`"loss"` and its parts; `kind` is the step's number, modulo the number of directions."""
         refiner, generator, world = self._ready(), self._generators[self.device], self._world
-        z = {m: _encode(refiner, batch[m], m) for m in refiner.space.modalities}
+        z = {m: encode_rows(refiner, batch[m], m) for m in refiner.space.modalities}
         ids = {m: batch[f"{m}_id"] for m in z}
         whole = split_batch(world * len(next(iter(z.values()))), refiner.directions, self.split, kind)
         contrasted = world if self.objective.contrastive_weight > 0 else 1  # with the targets on every rank
@@ -320,115 +184,11 @@ class DiffGAPModule(RecordedTraining):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
-    # ---- evaluation -----------------------------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Without a fit or a checkpoint, measure the closed forms: they refine and score untrained."""
-        self._measure_if_missing()
-        self._same_encoder()
-
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-        self._measure_if_missing()
-        self._same_encoder()
-
-    def on_predict_start(self) -> None:
-        """As `on_validation_start`."""
-        self._measure_if_missing()
-        self._same_encoder()
-
-    def on_validation_epoch_start(self) -> None:
-        """Start an empty gallery and an empty mean."""
-        self._gallery, self._pair_mean = Gallery(), PairMean()
-
-    def on_test_epoch_start(self) -> None:
-        """Start an empty gallery."""
-        self._gallery = Gallery()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect what the rows of this batch produce, and the loss of the pairs within it."""
-        self._collect(batch)
-        self._pair_mean.add(*self._evaluation_loss(batch))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect what the rows of this batch produce."""
-        self._collect(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Fit the fusion weights on the whole gallery, then rank it."""
-        refiner, gallery = self._ready(), self._gallery.complete()
-        self.log("val/loss", self._pair_mean.compute(), rank_zero_only=False)
-        if self.trainer.sanity_checking or not gallery:
-            return
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            refiner.calibrate_from(*gallery_parts(refiner, gallery))
-        self._log_gallery("val", gallery)
-
-    def on_test_epoch_end(self) -> None:
-        """Rank the whole gallery with the weights that validation chose."""
-        self._log_gallery("test", self._gallery.complete())
-
-    @torch.no_grad()
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Refine the rows of this batch in every direction.
-
-        Returns:
-            For each direction `"<source>_to_<target>"` `(B_source, D_target)`, and the same with `_id` and `_row`.
-        """
-        refiner, out = self._ready(), {}
-        for source, target in refiner.directions:
-            if len(batch.get(source, ())) == 0:
-                continue
-            name = f"{source}_to_{target}"
-            noise = target_noise(refiner, batch[f"{source}_row"], target, self.seed)
-            out[name] = refiner.refine(batch[source], source=source, target=target, noise=noise)
-            out |= {f"{name}_{key}": batch[f"{source}_{key}"] for key in ("id", "row")}
-        return out
-
-    def _collect(self, batch: Batch) -> None:
-        refiner = self._ready()
-        for modality in refiner.space.modalities:
-            if len(batch.get(modality, ())) == 0:
-                continue
-            rows = batch[f"{modality}_row"]
-            values = gallery_values(refiner, batch[modality], modality, rows, self.seed)
-            self._gallery.add(modality, rows, values | {"id": batch[f"{modality}_id"]})
-
-    def _log_gallery(self, stage: str, gallery: Mapping[str, Mapping[str, Tensor]]) -> None:
-        measures = gallery_measures(self._ready(), gallery)
-        self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, rank_zero_only=False)
-
-    @torch.no_grad()
-    def _evaluation_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Loss over the pairs inside the batch; a pair's noise is its own, at every validation and in any batch."""
-        refiner, losses, count = self._ready(), [], 0
-        for source, target in refiner.directions:
-            if len(batch.get(source, ())) == 0 or len(batch.get(target, ())) == 0:
-                continue
-            i, j = pair_indices(batch[f"{source}_id"], batch[f"{target}_id"])
-            if len(i) == 0:
-                continue
-            condition, x0 = _encode(refiner, batch[source][i], source), _encode(refiner, batch[target][j], target)
-            keys = (batch[f"{source}_row"][i] << 32) + batch[f"{target}_row"][j]
-            order, draws = self.objective.draw_by_key(condition, x0, keys, self.seed)
-            condition, x0, ids = condition[order], x0[order], batch[f"{source}_id"][i][order]
-            cdm = refiner.cdm_of(source, target)
-            parts = self.objective.loss(cdm, condition, x0, ids, x0, ids, self.logit_scale, draws)
-            losses.append(parts["loss"])
-            count += len(i)
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device), count
-
     def _generator(self, *key: int) -> torch.Generator:
         """A generator on this device whose state depends on the key alone, so that resuming repeats the noise."""
         if self.device not in self._generators:
             self._generators[self.device] = torch.Generator(self.device)
         return self._generators[self.device].manual_seed(hash(key) & (2**63 - 1))
-
-
-def _encode(refiner: DiffGAPRefiner, embedding: Tensor, modality: str) -> Tensor:
-    """`space.encode` without its checks, which would make a GPU wait: the datamodule has checked the rows."""
-    space = refiner.space
-    return space.coordinates(embedding.float() - space.mean(modality), modality)
 
 
 class _Whole:
@@ -450,21 +210,3 @@ class _Whole:
 
 def _kept_whole(make: Callable[..., Any] | None) -> _Whole | None:
     return None if make is None else _Whole(make)
-
-
-def _check_same_architecture(built: DiffGAPRefiner, loaded: DiffGAPRefiner) -> None:
-    """Refuse to resume a run with another model or other training data than it was started with."""
-    for name in ("pairs", "dims", "ranks", "frames", "width", "depth", "prediction", "schedule", "encoder"):
-        ours, theirs = getattr(built.config, name), getattr(loaded.config, name)
-        if ours != theirs:
-            raise ValueError(
-                f"checkpoint: was trained with {name} {theirs}, the present settings or data give {ours}; "
-                "resume with the run's own config.yaml, or start a new run"
-            )
-    shapes = [{k: v.shape for k, v in refiner.state_dict().items()} for refiner in (built, loaded)]
-    if shapes[0] != shapes[1]:
-        odd = min(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
-        raise ValueError(
-            f"checkpoint: {odd} has another shape than the present settings or data give; "
-            "resume with the run's own config.yaml, or start a new run"
-        )
