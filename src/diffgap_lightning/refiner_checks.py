@@ -73,6 +73,8 @@ def check_values(config: Any) -> None:
         for label, value in _values(name, getattr(config, name), levels):
             if not check(value):
                 raise ValueError(f"{label}: got {repr(value)[:200]}, expected {expected}")
+    if set(config.ranks) != set(config.dims):
+        raise ValueError(f"ranks: got those of {sorted(config.ranks)}, expected of {sorted(config.dims)}, as dims")
     for modality, rank in config.ranks.items():
         if rank > config.dims.get(modality, 0):
             raise ValueError(f"ranks: got {rank} for {modality}, expected at most its dimension, dims {config.dims}")

@@ -89,6 +89,7 @@ def test_another_encoder_is_refused(folder: Path) -> None:
         ({"config": {"typical": {"audio": [1.0, 0.0, 1.0]}}}, "typical audio: got .*expected three positive numbers"),
         ({"config": {"restore": [1.0]}}, r"restore: got \[1.0\], expected names and their values"),
         ({"config": {"encoder": {"a": 1}}}, "encoder: got .*expected a fingerprint, or null"),
+        ({"config": {"ranks": {"audio": 16}}}, r"ranks: got those of \['audio'\], expected of \['audio', 'text'\]"),
         ({"config": {"ranks": {"text": 17, "audio": 16}}}, "ranks: got 17 for text, expected at most its dimension"),
         ({"config": {"width": "__import__('os').system('false')"}}, 'width: got "__import__'),
         ({"config": {"start": "posterior"}}, "start: got 'posterior'"),
