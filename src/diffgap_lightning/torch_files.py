@@ -54,9 +54,9 @@ def check_archive(path: Path) -> bool:
     Raises:
         ValueError: a damaged directory, compressed entries, or entries that claim more bytes than the file has.
     """
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile lets struct.error, UnicodeDecodeError and others through

@@ -155,6 +155,16 @@ def test_a_compressed_checkpoint_is_refused_before_it_unpacks(honest: Path, tmp_
         read_weights(tmp_path / "x.ckpt")
 
 
+def test_a_directory_that_spans_disks_is_one_error(honest: Path, tmp_path: Path) -> None:
+    """`zipfile.is_zipfile` raises where an archive says that it goes on elsewhere."""
+    data = bytearray((honest / "zip.pt").read_bytes())
+    at = data.rindex(b"PK\x06\x07")  # the locator of the 64-bit end record, which `torch.save` always writes
+    data[at + 16 : at + 20] = b"\2\0\0\0"  # the number of disks
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="x.pt: not a readable PyTorch file .*multiple disks"):
+        read_weights(tmp_path / "x.pt")
+
+
 def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
     for content in ([1], {"a": 1}, {"state_dict": 3}):
         torch.save(content, tmp_path / "x.ckpt")

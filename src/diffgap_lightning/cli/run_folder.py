@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -93,11 +92,12 @@ def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | No
             f"--ckpt_path: {path} not found; train first with `diffgap fit --trainer.default_root_dir {folder}`, "
             "or give another file"
         )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"--ckpt_path: {path} is not a checkpoint written by fit, or is truncated; give another one")
+    from diffgap_lightning.torch_files import check_archive
     from diffgap_lightning.training.restore import read_checkpoint
 
     try:
+        if not check_archive(path):
+            raise ValueError(f"{path} is not a checkpoint written by fit, or is truncated; give another one")
         read_checkpoint(path)  # tensors are only mapped: it costs little to refuse a bad file before a run starts
     except ValueError as error:
         raise ValueError(f"--ckpt_path: {error}") from error
