@@ -16,7 +16,7 @@ from diffgap_lightning.data.datamodules import SyntheticDataModule
 from diffgap_lightning.data.synthetic import SyntheticWorld
 from diffgap_lightning.training.callbacks import AverageWeights
 from diffgap_lightning.training.module import DiffGAPModule
-from diffgap_lightning.training.recorded import obstacle
+from diffgap_lightning.training.recorded import WholeStep, obstacle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -104,6 +104,26 @@ def test_a_compiled_loss_is_the_loss(tmp_path: Path) -> None:
     plain, compiled = (fit(tmp_path, compile=c, **one) for c in (False, True))
     assert not torch.equal(plain["losses"], compiled["losses"])  # that is, it was compiled
     check_same(plain, compiled, tolerance=1e-4)
+
+
+def test_what_cannot_be_recorded_is_taken_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    plain, failing = (
+        WholeStep(lambda batch, kind, w=w: {"loss": ((w - batch["x"]) ** 2).sum()}, torch.optim.AdamW([w], lr=0.1))
+        for w in weights
+    )
+    failing._record = True  # as on a GPU, but for the streams that only a GPU has
+    monkeypatch.setattr(failing, "_aside", failing._step)
+
+    def refuse(batch: Any, kind: int) -> Any:
+        failing._losses(batch, kind)["loss"].backward()  # a recording that is broken off leaves gradients behind
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(failing, "_capture", refuse)
+    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: operation not permitted when stream is captur"):
+        taken = [failing({"x": torch.full((3,), float(i))}, 0)["loss"] for i in range(6)]
+    assert taken == [plain({"x": torch.full((3,), float(i))}, 0)["loss"] for i in range(6)]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

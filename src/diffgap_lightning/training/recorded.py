@@ -7,7 +7,7 @@ share of the batch for each direction, a batch size) are taken one kernel at a t
 
 `RecordedTraining` puts this under Lightning's automatic optimization: a batch is still one step, so that checkpoints,
 schedules, callbacks and resuming mean what they always mean. Where the whole step cannot be one call (see `obstacle`),
-Lightning takes it in its own way, and says why.
+Lightning takes it in its own way, and says why. So it does if recording fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from diffgap_lightning.training.finite import FiniteSteps, step_unless
@@ -71,12 +71,24 @@ class WholeStep:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= _WARM_UP or len(self._recordings) >= _MOST_RECORDINGS:
                 return self._aside(batch, kind)
-            self._recordings[key] = self._capture(batch, kind)
+            try:
+                self._recordings[key] = self._capture(batch, kind)
+            except RuntimeError as error:  # an operation, a driver or a callback's tensor that cannot be recorded
+                return self._give_up(batch, kind, error)
         graph, inputs, outputs = self._recordings[key]
         for name, x in inputs.items():
             x.copy_(batch[name], non_blocking=True)
         graph.replay()
         return outputs
+
+    def _give_up(self, batch: Batch, kind: int, error: RuntimeError) -> dict[str, Tensor]:
+        """Record nothing from here on, and take this step: what failed to be recorded has computed nothing."""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        rank_zero_warn(f"training steps are not recorded as CUDA graphs: {reason}; --model.capture off says so at once")
+        self._record = False
+        self._recordings.clear()
+        self._optimizer.zero_grad(set_to_none=True)  # gradients of the recording lie in its memory
+        return self._step(batch, kind)
 
     def _step(self, batch: Batch, kind: int) -> dict[str, Tensor]:
         parts = self._losses(batch, kind)
