@@ -91,10 +91,6 @@ class DiffGAPCLI(LightningCLI):
         finally:
             self._held.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DiffGAPCLI:
-        """Itself: a module whose optimizer was named refers to it, and averaging weights copies the module."""
-        return self
-
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one command that was asked for: building the other parsers would only cost time."""
         return {self._command: LightningCLI.subcommands()[self._command]}
