@@ -176,6 +176,13 @@ def test_over_many_batches_times_are_uniform() -> None:
     assert (histogram - 0.05).abs().max() < 4 * math.sqrt(0.05 / 8000)
 
 
+def test_no_time_is_below_a_thousandth_however_large_the_batch() -> None:
+    t = stratified_times(5000, 0.0, seeded(), torch.device("cpu"))
+    assert t.min().item() == pytest.approx(1e-3)
+    assert t[5:].diff().min() > 0  # of the other intervals none is touched
+    assert t.max() < 1
+
+
 def test_times_follow_the_generator_and_leave_the_global_one_alone() -> None:
     state = torch.get_rng_state()
     first, again, other = (stratified_times(8, 0.1, seeded(s), CPU) for s in (1, 1, 2))

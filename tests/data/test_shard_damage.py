@@ -187,6 +187,21 @@ def test_when_nothing_can_be_read_it_says_so(shards: Callable, loader: Callable)
         list(loader(folder, 1.0))
 
 
+def test_what_is_left_of_a_block_is_all_read_when_its_first_sample_is_lost(
+    tar: Callable, tmp_path: Path, table: Callable
+) -> None:
+    source = table(6)
+    members = {f"k{i}.{m}.npy": source.embeddings[m][i].numpy() for i in range(6) for m in ("audio", "text")}
+    members |= dict.fromkeys(("k0.text.npy", "k3.text.npy"), np.full(4, np.nan, np.float32))
+    found = open_shards(tar(tmp_path / "c.tar", members))
+    plan = TrainPlan(found.manifest.block_rows[:, 0], 6)
+    with pytest.warns(UserWarning, match="2 of 6 rows lost"):
+        (batch,) = TrainLoader(TrainStream(found, plan), LossLedger("train", 6, 0.5))
+    counts = Counter(batch["audio_id"].tolist())
+    assert sorted(counts) == sorted(hash_ids([f"k{i}" for i in (1, 2, 4, 5)]).tolist())
+    assert sorted(counts.values()) == [1, 1, 2, 2]
+
+
 def test_classic_tars_lose_single_samples(classic: Callable, tar: Callable, tmp_path: Path, table: Callable) -> None:
     source, marker = table(20), tmp_path / "executed"
     members: dict[str, object] = {}

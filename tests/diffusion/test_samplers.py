@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp_2m
+from diffgap_lightning.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_named
 from diffgap_lightning.diffusion.schedule import NoiseSchedule, sampling_times
 
 SCHEDULES = {name: NoiseSchedule(name) for name in ("cosine", "linear")}
@@ -324,3 +324,15 @@ def test_the_number_of_denoiser_calls_is_the_number_of_steps_and_the_dtype_is_ke
 def test_an_eta_outside_zero_to_one_is_refused(eta) -> None:
     with pytest.raises(ValueError, match="eta: got"):
         sample_ddim(point_oracle(MEAN), torch.zeros(1, 2), COSINE, sampling_times(2), eta=eta)
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("ddpm", "ddpm"), ("ddim", "ddim 0"), ("dpmpp_2m", "dpmpp")])
+def test_a_sampler_s_name_is_that_of_its_function(name: str, sampler: str) -> None:
+    x, times = torch.randn(5, 2, generator=seeded(3)), sampling_times(4)
+    found = sample_named(name, lambda x, t: 0.5 * x, x, COSINE, times, generator=seeded())
+    assert torch.equal(found, samplers()[sampler](lambda x, t: 0.5 * x, x, COSINE, times))
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match="sampler: got 'euler', expected one of dpmpp_2m, ddim, ddpm"):
+        sample_named("euler", lambda x, t: x, torch.zeros(1, 2), COSINE, sampling_times(2))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffgap_lightning.functional.checks import check_embeddings
+from diffgap_lightning.functional.checks import check_embeddings, frames_as_rows
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -37,3 +37,29 @@ def test_bad_rows_are_refused_with_the_field_and_the_row(change, error, words) -
 def test_a_list_is_refused_by_type() -> None:
     with pytest.raises(TypeError, match="text: got list"):
         check_embeddings([[1.0]], "text")
+
+
+@pytest.mark.parametrize(("frames", "per_frame"), [(3, False), (0, True)])
+def test_sequences_become_rows_frame_after_frame(frames: int, per_frame: bool) -> None:
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(frames_as_rows(x, "x", frames, per_frame), torch.cat([x[0], x[1]]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "frames", "per_frame", "words"),
+    [
+        ((2, 4), 3, False, r"got shape \(2, 4\), expected \(B, 3, D\)"),
+        ((2, 5, 4), 3, False, r"got shape \(2, 5, 4\), expected \(B, 3, D\)"),
+        ((2, 5, 4), 0, False, r"a sequence; expected \(B, D\)"),
+        ((2, 4), 0, True, r"expected \(B, T, D\)"),
+        ((2, 3, 4), 3, True, "takes sequences of 3 frames as wholes"),
+    ],
+)
+def test_sequences_and_embeddings_are_not_taken_for_each_other(shape, frames, per_frame, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        frames_as_rows(torch.randn(shape), "x", frames, per_frame)
+
+
+def test_embeddings_and_what_is_neither_pass_through() -> None:
+    for x in (torch.randn(2, 4), torch.randn(4), [1.0]):
+        assert frames_as_rows(x, "x", 0) is x

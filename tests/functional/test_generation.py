@@ -171,6 +171,13 @@ def test_inception_score_is_that_of_torchmetrics_on_the_same_splits() -> None:
     assert inception_score(logits, splits=1)[0] == pytest.approx(metric.compute()[0].item(), rel=1e-5)
 
 
+def test_two_clips_a_split_are_enough_for_an_inception_score_and_fewer_are_refused() -> None:
+    mean, deviation = inception_score(1e4 * torch.eye(6).double(), splits=3)
+    assert (mean, deviation) == (pytest.approx(2), pytest.approx(0, abs=1e-9))  # two certain, different clips
+    with pytest.raises(ValueError, match="5 clips for 3 splits"):
+        inception_score(normal(5, 4), splits=3)
+
+
 def test_inception_score_does_not_touch_the_global_seed() -> None:
     logits = normal(40, 5)
     state = torch.get_rng_state()

@@ -214,3 +214,9 @@ def test_inputs_are_not_changed_and_gradients_do_not_leak():
     x.requires_grad_(True)
     assert not linear.ridge(x, y).requires_grad
     assert torch.equal(x.detach(), before)
+
+
+def test_ridge_from_moments_is_ridge_from_the_rows_they_are_of():
+    x, y = (rows.double() for rows in pairs(d_x=6, d_y=6, noise=2.0))
+    found = linear.ridge_from_moments(x.T @ x, x.T @ y, y.T @ y, len(x))
+    torch.testing.assert_close(found, linear.ridge(x, y).double(), atol=1e-5, rtol=1e-5)

@@ -53,3 +53,10 @@ def test_rows_that_shrink_to_the_mean_keep_precision_and_lose_recall() -> None:
 def test_too_few_rows_are_refused(n, m, k, message) -> None:
     with pytest.raises(ValueError, match=message):
         neighbour_precision_recall(randn(n, 3), randn(m, 3), k)
+
+
+def test_the_edge_of_a_manifold_belongs_to_it() -> None:
+    """On a grid, where distances are exact: the row at the k-th neighbour's distance is inside, the next is not."""
+    grid = torch.tensor([[-3.0], [-1.0], [1.0], [3.0]])
+    assert neighbour_precision_recall(torch.tensor([[-5.0], [5.0], [6.0], [-6.0]]), grid, 1) == (0.5, 0.0)
+    assert neighbour_precision_recall(grid, torch.tensor([[-5.0], [5.0], [6.0], [-6.0]]), 1) == (0.0, 0.5)

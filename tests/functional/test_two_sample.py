@@ -65,3 +65,24 @@ def test_misuse_is_refused() -> None:
         classifier_accuracy(x, x, torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.long))
     with pytest.raises(ValueError, match="num_folds: got 1"):
         classifier_accuracy(x, x, num_folds=1)
+
+
+def test_it_is_weighted_ridge_regression_on_the_features_of_the_kernel() -> None:
+    """The same in the primal: with K = F F', w minimises sum_i weight_i (label_i - f_i w)^2 + penalty |w|^2."""
+    rows, penalty = randn(80, 3).double(), 0.7
+    labels = torch.cat([torch.ones(60), -torch.ones(20)]).double()
+    rows[:60] += 0.8
+    kernel = torch.exp(-torch.cdist(rows, rows).square() / 4)
+    fold = torch.randperm(80, generator=torch.Generator().manual_seed(1)) % 4
+    values, vectors = torch.linalg.eigh(kernel)
+    features = vectors * values.clamp(min=0).sqrt()
+    said = torch.zeros(80, dtype=torch.float64)
+    for k in range(4):
+        f, y = features[fold != k], labels[fold != k]
+        weight = torch.where(y > 0, len(y) / (2 * (y > 0).sum()), len(y) / (2 * (y < 0).sum()))
+        system = f.T @ (weight[:, None] * f) + penalty * torch.eye(80, dtype=torch.float64)
+        said[fold == k] = features[fold == k] @ torch.linalg.solve(system, f.T @ (weight * y))
+    right = (said.sign() == labels).double()
+    expected = (right[:60].mean() + right[60:].mean()) / 2
+    assert two_sample._accuracy(kernel, labels, fold, 4, penalty) == pytest.approx(float(expected))
+    assert 0.6 < expected < 0.95

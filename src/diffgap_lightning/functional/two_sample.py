@@ -3,12 +3,13 @@ r"""Can a classifier tell produced rows from true ones? Its accuracy on rows tha
 The classifier two-sample test (Lopez-Paz & Oquab 2017) with kernel ridge classification: labels +1 and -1, a Gaussian
 kernel exp(-|a - b|^2 / median^2) with the true rows' median distance, classes of equal weight,
 
-    (K + penalty diag(1 / w)) a = labels - bias,       label of a new row = sign(k' a + bias)
+    (K + penalty diag(1 / w)) a = labels,       label of a new row = sign(k' a)
 
-solved once for each fold of a cross-validation. It sees a shift of the mean as well as too little spread, or spread in
-the wrong directions. A produced row and the true row that it stands for are alike by purpose, so whole ids go to one
-fold: otherwise the classifier would be asked about a row whose true partner it was taught as the other class. Where the
-sets are alike, accuracies scatter around 0.5, and those below it are as good as 0.5.
+(no intercept: the weighted mean of the labels is 0) solved once for each fold of a cross-validation. It sees a shift of
+the mean as well as too little spread, or spread in the wrong directions. A produced row and the true row that it stands
+for are alike by purpose, so whole ids go to one fold: otherwise the classifier would be asked about a row whose true
+partner it was taught as the other class. Where the sets are alike, accuracies scatter around 0.5, and those below it
+are as good as 0.5.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ def _accuracy(kernel: Tensor, labels: Tensor, fold: Tensor, num_folds: int, pena
         rest, held = fold != k, fold == k
         weight = torch.where(labels[rest] > 0, 1 / (labels[rest] > 0).sum(), 1 / (labels[rest] < 0).sum()).double()
         weight = weight / weight.mean()
-        bias = (weight * labels[rest]).mean()
         system = kernel[rest][:, rest] + penalty * torch.diag(1 / weight)
-        found = kernel[held][:, rest] @ torch.linalg.solve(system, labels[rest] - bias) + bias
+        found = kernel[held][:, rest] @ torch.linalg.solve(system, labels[rest])
         right[held] = (found.sign() == labels[held]).double()
     return float((right[labels > 0].mean() + right[labels < 0].mean()) / 2)
