@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed torch's global generator, before fixtures too: networks draw their first weights from it.
+
+    Without this a test's figures depend on the tests that the same process ran before it.
+    """
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """The folder of real data beside the checkout, or the one that DIFFGAP_SHARED names; skips where it is absent."""
