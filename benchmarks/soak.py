@@ -4,8 +4,12 @@
 
 A tiny refiner is trained on block shards, streamed by worker processes, with averaged weights, a validation, a
 checkpoint and a saved refiner every epoch, so that an hour's worth of epochs, files and checkpoints passes in minutes.
-After a quarter of the epochs as warm-up, the resident memory is fitted by a line; printed is its slope with a 95 %
+After a quarter of the epochs as warm-up, the process's own memory is fitted by a line; printed is its slope with a 95 %
 interval from blocks of neighbouring epochs (their residuals are correlated), and how files and threads changed.
+
+Own memory is what only the process holds, in memory or swapped out. The resident size would also count pages of the
+libraries' files, which the kernel drops and reads again as other programs please. With `TMPDIR=/dev/shm` several times
+as many epochs fit, because nothing waits for a disk.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -34,17 +39,21 @@ from diffgap_lightning.data.webdataset_module import WebDatasetDataModule
 from diffgap_lightning.training.callbacks import SaveRefiner
 from diffgap_lightning.training.module import DiffGAPModule
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
 
 class Sample(NamedTuple):
     """What the process held at one moment."""
 
     epoch: int
     seconds: float
-    rss: float  # MiB
+    memory: float  # MiB of its own
     files: int
     threads: int
+
+
+def own_memory() -> float:
+    """MiB that this process alone holds, swapped out or not (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return sum(int(kilobytes) for kilobytes in re.findall(r"(?:RssAnon|VmSwap):\s+(\d+)", status)) / 2**10
 
 
 class Meter(Callback):
@@ -61,10 +70,9 @@ class Meter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample; checkpoints and the refiner of this epoch are written by callbacks before this one."""
         gc.collect()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         now = time.monotonic()
-        self.samples.append(Sample(trainer.current_epoch, now - self.start, resident, files, threads))
+        self.samples.append(Sample(trainer.current_epoch, now - self.start, own_memory(), files, threads))
         trainer.should_stop = now > self.end
 
 
@@ -133,8 +141,8 @@ def main() -> None:
     if len(samples) < 20:
         parser.exit(1, f"{len(samples)} epochs are too few for a slope: give more minutes\n")
     steady = samples[len(samples) // 4 :]
-    value, low, high = slope([s.epoch for s in steady], [s.rss for s in steady])
-    print(f"{len(samples)} epochs in {samples[-1].seconds / 60:.1f} min; resident {steady[-1].rss:.0f} MiB")
+    value, low, high = slope([s.epoch for s in steady], [s.memory for s in steady])
+    print(f"{len(samples)} epochs in {samples[-1].seconds / 60:.1f} min; own memory {steady[-1].memory:.0f} MiB")
     print(f"memory: {1000 * value:+.2f} MiB in 1000 epochs, 95 % interval {1000 * low:+.2f} to {1000 * high:+.2f}")
     for name in ("files", "threads"):
         counts = [getattr(s, name) for s in steady]

@@ -206,6 +206,15 @@ def test_a_batch_is_the_callers_own(shards: Callable) -> None:
     assert all(torch.equal(value, stream[0, 0][0][name]) for name, value in kept.items())
 
 
+def test_a_block_that_all_modalities_need_is_read_once(shards: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches go through a block in several steps, and a modality's next block does not push out the other's."""
+    loader = evaluate(shards(64, kind="rows", block=16, captions=2), batch=4)
+    reader, read = loader.stream.reader, []
+    monkeypatch.setattr(reader, "read", lambda index, own=reader.read: read.append(index) or own(index))
+    list(loader)
+    assert sorted(read) == list(range(len(reader)))
+
+
 def test_a_position_belongs_to_its_epoch(shards: Callable) -> None:
     folder = shards(64)
     loader = train(folder, epoch=lambda: 2)

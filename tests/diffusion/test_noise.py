@@ -37,3 +37,20 @@ def test_uniform_numbers_never_reach_the_ends() -> None:
     assert 0 < float(x.min()) < 1e-5
     assert 1 - 1e-5 < float(x.max()) < 1
     assert row_normal(torch.arange(200_000), 10, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31 - 1, -3])
+def test_it_is_splitmix64_of_the_counter(seed: int) -> None:
+    """Against integers without end, reduced modulo 2^64 as the paper has it."""
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    def bits(row: int, column: int) -> int:
+        return mix(mix((mix((row + seed * 0x9E3779B97F4A7C15) % 2**64) + column * 0xD1342543DE82EF95) % 2**64))
+
+    rows = torch.tensor([0, 1, 12, 2**40])
+    expected = [[((bits(r, c) >> 40) % 2**24 + 0.5) / 2**24 for c in range(3)] for r in rows.tolist()]
+    torch.testing.assert_close(row_uniform(rows, 3, seed), torch.tensor(expected), rtol=1e-6, atol=1e-7)

@@ -34,6 +34,14 @@ def test_bad_rows_are_refused_with_the_field_and_the_row(change, error, words) -
         check_embeddings(change(unit(4, 8)), "audio", dim=8, unit=True)
 
 
+def test_lengths_that_differ_from_one_by_less_than_a_thousandth_pass() -> None:
+    check_embeddings(unit(4, 8) * 1.0009, "audio", unit=True)
+    check_embeddings(unit(4, 8) * 0.9991, "audio", unit=True)
+    for wrong in (1.0012, 0.9988):
+        with pytest.raises(ValueError, match="norm different from 1"):
+            check_embeddings(unit(4, 8) * wrong, "audio", unit=True)
+
+
 def test_a_list_is_refused_by_type() -> None:
     with pytest.raises(TypeError, match="text: got list"):
         check_embeddings([[1.0]], "text")

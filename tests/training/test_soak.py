@@ -36,7 +36,7 @@ def test_files_threads_and_memory_stay_as_they_are(soak: ModuleType, tmp_path: P
     assert len(samples) == EPOCHS
     steady = samples[EPOCHS // 3 :]
     assert len({(s.files, s.threads) for s in steady}) == 1
-    _, low, _ = soak.slope([s.epoch for s in steady], [s.rss for s in steady])
+    _, low, _ = soak.slope([s.epoch for s in steady], [s.memory for s in steady])
     assert low < MOST, f"memory grows by at least {low:.3f} MiB an epoch"
 
 
@@ -56,7 +56,7 @@ def test_a_leak_is_seen(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.Mo
         for descriptor in held[::2]:
             os.close(descriptor)
     assert [b.files - a.files for a, b in zip(samples, samples[1:], strict=False)] == [1] * 4
-    assert soak.slope([s.epoch for s in samples[1:]], [s.rss for s in samples[1:]])[0] > 0.5
+    assert soak.slope([s.epoch for s in samples[1:]], [s.memory for s in samples[1:]])[0] > 0.5
 
 
 def test_the_interval_of_a_slope_covers_what_is_there(soak: ModuleType) -> None:
