@@ -4,7 +4,7 @@
 
 A tiny refiner is trained on block shards, streamed by worker processes, with averaged weights, a validation, a
 checkpoint and a saved refiner every epoch, so that an hour's worth of epochs, files and checkpoints passes in minutes.
-After a quarter of the epochs as warm-up, the process's own memory is fitted by a line; printed is its slope with a 95 %
+After a third of the epochs as warm-up, the process's own memory is fitted by a line; printed is its slope with a 95 %
 interval from blocks of neighbouring epochs (their residuals are correlated), and how files and threads changed.
 
 Own memory is what only the process holds, in memory or swapped out. The resident size would also count pages of the
@@ -140,7 +140,7 @@ def main() -> None:
         samples = soak(Path(folder), options.minutes, num_workers=options.num_workers)
     if len(samples) < 20:
         parser.exit(1, f"{len(samples)} epochs are too few for a slope: give more minutes\n")
-    steady = samples[len(samples) // 4 :]
+    steady = samples[len(samples) // 3 :]
     value, low, high = slope([s.epoch for s in steady], [s.memory for s in steady])
     print(f"{len(samples)} epochs in {samples[-1].seconds / 60:.1f} min; own memory {steady[-1].memory:.0f} MiB")
     print(f"memory: {1000 * value:+.2f} MiB in 1000 epochs, 95 % interval {1000 * low:+.2f} to {1000 * high:+.2f}")

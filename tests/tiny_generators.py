@@ -30,7 +30,9 @@ def refiner(dim: int = DIM, source: str = "text", seed: int = 0, **choices: Any)
         for m in (source, "audio")
     }
     ids = dict.fromkeys(rows, torch.arange(200))
-    made = DiffGAPRefiner.measure(rows, ids, **{"width": 16, "depth": 1, "rank": 6, **choices})
+    with torch.random.fork_rng(devices=[]):  # its networks' first weights come from the global generator
+        torch.manual_seed(seed)
+        made = DiffGAPRefiner.measure(rows, ids, **{"width": 16, "depth": 1, "rank": 6, **choices})
     for parameter in made.cdm.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=g))
     return made
