@@ -18,7 +18,8 @@ BLUE, GREY = "#3b6ea8", "#b8bcc2"
 def _bars(ax: Axes, values: dict[str, float], limit: float | None, unit: str) -> None:
     ax.barh(list(values), list(values.values()), color=BLUE)
     for i, value in enumerate(values.values()):
-        ax.annotate(f" {value:.3g}", (value, i), va="center", fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line of the limit
+        ax.annotate(f"{value:.3g}", (value, i), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
     if limit is not None:
         ax.axvline(limit, color="black", linestyle="--", linewidth=1)
     ax.invert_yaxis()
