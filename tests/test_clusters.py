@@ -31,7 +31,8 @@ def programs(folder: Path) -> dict[str, str]:
     folder.mkdir()
     for name, body in {
         "srun": 'printf "%s\\n" "$@" > "$TOLD"',
-        "scontrol": "echo node1; echo node2",
+        # More than a pipe holds: who reads the first name only and leaves stops scontrol with SIGPIPE.
+        "scontrol": 'i=1; while [ $i -le 20000 ]; do echo "node$i"; i=$((i + 1)); done',
         "scancel": "true",
     }.items():
         path = folder / name
