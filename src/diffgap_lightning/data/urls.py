@@ -6,17 +6,16 @@
 
 Only the schemes in `REMOTE_SCHEMES` are opened. `pipe:` addresses, which other readers hand to a shell, are refused by
 name, and so is every other scheme, and so are link-local addresses such as 169.254.169.254, where cloud machines keep
-their credentials. Reading from the network is tried again before it counts as a failure.
+their credentials, also where a name or a redirect leads to them; `http_client.py` has the rules. Reading from the
+network is tried again before it counts as a failure.
 """
 
 from __future__ import annotations
 
 import glob
-import ipaddress
 import os
 import posixpath
 import re
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from .hosts import Nearness, RefusedAddressError, literal_nearness
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs")
 RETRY_DELAYS = (0.5, 2.0)
@@ -45,24 +46,9 @@ def check_url(url: str) -> str:
         raise ValueError(f"{url}: pipe: addresses run a shell command and are never opened; give the file's address")
     if found and found.group(2) is not None and (scheme not in REMOTE_SCHEMES or found.group(2) == ":"):
         raise ValueError(f"{url}: cannot open {scheme}: addresses, expected a path or {', '.join(REMOTE_SCHEMES)}")
-    if scheme in ("http", "https") and _is_link_local(urlsplit(url).hostname or ""):
+    if scheme in ("http", "https") and literal_nearness(urlsplit(url).hostname or "") is Nearness.CREDENTIALS:
         raise ValueError(f"{url}: a link-local address, where machines keep their credentials; it is never opened")
     return url
-
-
-def _is_link_local(host: str) -> bool:
-    """Whether a host is a literal link-local address, in any way of writing it, or a metadata service by name."""
-    if host.rstrip(".").lower() == "metadata.google.internal":
-        return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:
-            address = ipaddress.ip_address(socket.inet_aton(host))  # 2852039166, 0xA9FEA9FE, 169.254.43518
-        except OSError:
-            return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
 
 def is_remote(url: str) -> bool:
@@ -171,21 +157,40 @@ def _remote(url: str) -> Any:
 
     scheme = url.partition("://")[0]
     try:
+        if scheme.lower() in ("http", "https"):
+            from .http_client import http_session
+
+            return fsspec.filesystem(scheme.lower(), get_client=http_session)
         return fsspec.filesystem(scheme.lower())
     except ImportError as error:
         raise ImportError(f"{url}: reading {scheme} addresses needs another package ({error})") from error
 
 
 def _retry(url: str, read: Callable[[Any], T]) -> T:
-    """Try again what the network may have failed; a missing file is final. Errors become `OSError`."""
+    """Try again what the network may have failed; a missing file is final, and so is an address that is refused.
+
+    Raises:
+        OSError: whatever happened.
+    """
     fs = _remote(url)
     for delay in (*RETRY_DELAYS, None):
         try:
             return read(fs)
-        except (FileNotFoundError, PermissionError):
-            raise
         except Exception as error:  # each file system has its own exceptions
+            if refused := _refusal(error):
+                raise PermissionError(f"{url}: {refused}") from error
+            if isinstance(error, (FileNotFoundError, PermissionError)):
+                raise
             if delay is None:
                 raise OSError(f"{url}: {type(error).__name__}: {error}") from error
             time.sleep(delay)
     raise AssertionError("unreachable")
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What `http_client.py` refused, if that is why an error was raised."""
+    while error is not None:
+        if isinstance(error, RefusedAddressError):
+            return str(error)
+        error = error.__cause__
+    return None
