@@ -52,7 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not target and self.command == "GET":
             self.wfile.write(DATA)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, *args: object) -> None: ...
 

@@ -21,7 +21,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class RefusedAddressError(Exception):
-    """An address that must not be asked; no `OSError`, which would mean that the network failed and trying again helps."""
+    """An address that must not be asked. No `OSError`: the network did not fail, and trying again does not help."""
 
 
 class Nearness(IntEnum):
