@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from diffgap_lightning.prepared import PreparedRefiner
 from diffgap_lightning.refiner import DiffGAPRefiner
+from diffgap_lightning.refiner.prepared import PreparedRefiner
 from speed_clock import in_turns
 
 STEPS = 10

@@ -22,7 +22,7 @@ import torch
 from diffgap_lightning.data import SyntheticDataModule
 from diffgap_lightning.data.synthetic import SyntheticWorld
 from diffgap_lightning.refiner import DiffGAPRefiner
-from diffgap_lightning.uncertainty import calibrated_level, coverage, uncertainty_of
+from diffgap_lightning.refiner.uncertainty import calibrated_level, coverage, uncertainty_of
 
 
 def main() -> None:

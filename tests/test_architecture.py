@@ -32,29 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": BASE,
     "plotting": BASE,
     "bridges": BASE | {"space", "losses", "gaussian"},
-    "hubness": BASE,
     "mixture_denoiser": BASE | {"gaussian", "bridges", "space"},
-    "closed_forms": BASE | {"space", "gaussian", "mixture_denoiser", "bridges", "hubness"},
     "cdm": BASE | {"diffusion", "denoiser", "sequence_denoiser", "gaussian", "space"},
-    "fusion": BASE,
-    "refiner_checks": BASE,
-    "refiner_config": BASE | {"diffusion", "space", "refiner_checks"},
-    "uncertainty": BASE,
-    "novelty": BASE | {"space"},
-    "product": BASE | {"diffusion", "cdm"},
-    "together": BASE | {"diffusion", "space", "cdm", "product", "refiner_config"},
-    "prepared": BASE | {"diffusion", "denoiser", "refiner_config"},
-    "refiner_base": BASE
-    | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"}
-    | {"hubness", "closed_forms", "refiner_checks", "refiner_config"},
-    "scoring": BASE | {"bridges", "closed_forms", "fusion", "mixture_denoiser", "refiner_base", "refiner_config"},
-    "calibration": BASE | {"fusion", "mixture_denoiser", "refiner_config", "scoring"},
-    "measuring": BASE | {"calibration", "closed_forms", "fusion", "novelty", "refiner_config", "space"},
     "refiner": BASE
-    | {"diffusion", "space", "refiner_config", "calibration", "measuring", "together", "uncertainty", "novelty"}
-    | {"prepared"},
-    "training": BASE | {"diffusion", "losses", "metrics", "refiner", "refiner_config", "cdm", "fusion", "plotting"},
-    "integrations": BASE | {"refiner", "refiner_config", "bridges", "encoders", "data", "diffusion", "losses"},
+    | {"diffusion", "space", "gaussian", "denoiser", "sequence_denoiser", "mixture_denoiser", "cdm", "bridges"},
+    "training": BASE | {"diffusion", "losses", "metrics", "refiner", "cdm", "plotting"},
+    "integrations": BASE | {"refiner", "bridges", "encoders", "data", "diffusion", "losses"},
     "generation": BASE | {"integrations", "embedding", "encoders", "data", "refiner"},
     "evaluation": BASE | {"refiner", "bridges", "metrics", "plotting", "data", "encoders"},
 }

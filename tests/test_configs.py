@@ -76,7 +76,7 @@ def test_a_config_trains_at_a_tiny_size(path: Path, tmp_path: Path, table: Path)
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
 def test_an_ablation_changes_the_module_and_nothing_else(path: Path) -> None:
-    from diffgap_lightning.refiner_config import RefinerConfig
+    from diffgap_lightning.refiner.config import RefinerConfig
     from diffgap_lightning.training.module import DiffGAPModule
 
     overlay = yaml.safe_load(path.read_text())

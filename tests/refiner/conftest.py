@@ -77,4 +77,4 @@ def own(refiner: DiffGAPRefiner) -> DiffGAPRefiner:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the bridge whose options take long to choose."""
-    monkeypatch.setattr("diffgap_lightning.measuring.BRIDGES", {"centre": CentreBridge, "ridge": RidgeBridge})
+    monkeypatch.setattr("diffgap_lightning.refiner.measuring.BRIDGES", {"centre": CentreBridge, "ridge": RidgeBridge})

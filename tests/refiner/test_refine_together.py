@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from diffgap_lightning.product import PosteriorProduct, presence_groups
 from diffgap_lightning.refiner import DiffGAPRefiner
+from diffgap_lightning.refiner.product import PosteriorProduct, presence_groups
 
 SOURCES = ("text", "video")
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from diffgap_lightning.refiner import DiffGAPRefiner
-from diffgap_lightning.uncertainty import calibrated_level, coverage
+from diffgap_lightning.refiner.uncertainty import calibrated_level, coverage
 
 
 def seeded() -> torch.Generator:

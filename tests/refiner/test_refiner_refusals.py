@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffgap_lightning.refiner import DiffGAPRefiner
-from diffgap_lightning.refiner_config import RefinerConfig
+from diffgap_lightning.refiner.config import RefinerConfig
 
 TA = {"source": "text", "target": "audio"}
 AT = {"source": "audio", "target": "text"}

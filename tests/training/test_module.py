@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from diffgap_lightning.data.datamodules import SyntheticDataModule
 from diffgap_lightning.data.synthetic import SyntheticWorld
 from diffgap_lightning.functional.pairs import pair_indices
-from diffgap_lightning.fusion import mean_recall
 from diffgap_lightning.refiner import DiffGAPRefiner
+from diffgap_lightning.refiner.fusion import mean_recall
 from diffgap_lightning.training.callbacks import AverageWeights, SaveRefiner
 from diffgap_lightning.training.module import DiffGAPModule
 

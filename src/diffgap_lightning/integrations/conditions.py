@@ -14,7 +14,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from diffgap_lightning.refiner_config import Start
+from diffgap_lightning.refiner import Start
 
 
 class Refines(Protocol):

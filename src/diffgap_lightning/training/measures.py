@@ -19,8 +19,8 @@ from diffgap_lightning.functional.gap import centroid_distance, mmd2
 from diffgap_lightning.functional.mutual_retrieval import mutual_retrieval_ranks
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.functional.retrieval import retrieval_summary
-from diffgap_lightning.fusion import fuse
 from diffgap_lightning.refiner import DiffGAPRefiner, Direction
+from diffgap_lightning.refiner.fusion import fuse
 
 Values = Mapping[str, Mapping[str, Tensor]]
 _MMD_ROWS = 2048

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffgap_lightning.calibration import TOLERANCE, CalibratedRefiner, restoring
-from diffgap_lightning.closed_forms import BRIDGES, ClosedForms, fit_closed_forms, held_out
 from diffgap_lightning.functional.pairs import frame_rows, pair_indices
-from diffgap_lightning.fusion import ScoredGallery, fit_weights_over
-from diffgap_lightning.novelty import typical_distances
-from diffgap_lightning.refiner_config import Direction, RefinerConfig, direction_name
+from diffgap_lightning.refiner.calibration import TOLERANCE, CalibratedRefiner, restoring
+from diffgap_lightning.refiner.closed_forms import BRIDGES, ClosedForms, fit_closed_forms, held_out
+from diffgap_lightning.refiner.config import Direction, RefinerConfig, direction_name
+from diffgap_lightning.refiner.fusion import ScoredGallery, fit_weights_over
+from diffgap_lightning.refiner.novelty import typical_distances
 from diffgap_lightning.space import EmbeddingSpace, Rank
 
 R = TypeVar("R", bound=CalibratedRefiner)

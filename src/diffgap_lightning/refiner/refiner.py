@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffgap_lightning.calibration import CalibratedRefiner
 from diffgap_lightning.diffusion.samplers import sample_named
 from diffgap_lightning.diffusion.schedule import sampling_times
-from diffgap_lightning.measuring import measure
-from diffgap_lightning.novelty import distances, novelty
-from diffgap_lightning.prepared import PreparedRefiner
-from diffgap_lightning.refiner_config import Direction, Sampler, Start, check_start
+from diffgap_lightning.refiner.calibration import CalibratedRefiner
+from diffgap_lightning.refiner.config import Direction, Sampler, Start, check_start
+from diffgap_lightning.refiner.measuring import measure
+from diffgap_lightning.refiner.novelty import distances, novelty
+from diffgap_lightning.refiner.prepared import PreparedRefiner
+from diffgap_lightning.refiner.together import refine_together
+from diffgap_lightning.refiner.uncertainty import Uncertainty, uncertainty_of
 from diffgap_lightning.space import Rank
-from diffgap_lightning.together import refine_together
-from diffgap_lightning.uncertainty import Uncertainty, uncertainty_of
 
 
 class DiffGAPRefiner(CalibratedRefiner):

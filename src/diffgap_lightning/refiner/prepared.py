@@ -25,7 +25,7 @@ from diffgap_lightning.denoiser import MLPDenoiser
 from diffgap_lightning.diffusion.linear_steps import linear_steps
 from diffgap_lightning.diffusion.schedule import sampling_times
 from diffgap_lightning.functional.checks import check_embeddings
-from diffgap_lightning.refiner_config import Sampler, Start, direction_name
+from diffgap_lightning.refiner.config import Sampler, Start, direction_name
 
 _MOST_GRAPHS = 8  # batch sizes
 _WARM_UP = 3

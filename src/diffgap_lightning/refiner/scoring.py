@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from diffgap_lightning.bridges import Bridge
-from diffgap_lightning.closed_forms import HUB_BRIDGE
 from diffgap_lightning.functional.precision import full_float32
-from diffgap_lightning.fusion import fuse
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
-from diffgap_lightning.refiner_base import RefinerBase
-from diffgap_lightning.refiner_config import Direction, direction_name
+from diffgap_lightning.refiner.base import RefinerBase
+from diffgap_lightning.refiner.closed_forms import HUB_BRIDGE
+from diffgap_lightning.refiner.config import Direction, direction_name
+from diffgap_lightning.refiner.fusion import fuse
 
 # Weights before there is a validation, and where it is small: the strongest closed form, and a little of what may
 # correct it. Of few pairs, whose posterior means are kernel regressions, these means are the strongest; of many, on

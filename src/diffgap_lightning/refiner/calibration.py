@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffgap_lightning.fusion import PSEUDO_QUERIES, fit_weights
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
-from diffgap_lightning.refiner_config import Direction, Start, check_start, direction_name
-from diffgap_lightning.scoring import Scorer
+from diffgap_lightning.refiner.config import Direction, Start, check_start, direction_name
+from diffgap_lightning.refiner.fusion import PSEUDO_QUERIES, fit_weights
+from diffgap_lightning.refiner.scoring import Scorer
 
 TOLERANCE = 1.645  # standard errors, one-sided 5 %: by how much a bridge must win to be preferred
 _BLEND = 0.3  # of the centred source with a linear posterior mean

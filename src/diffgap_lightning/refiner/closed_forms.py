@@ -28,8 +28,8 @@ from diffgap_lightning.bridges import (
 )
 from diffgap_lightning.functional.pairs import pair_indices
 from diffgap_lightning.gaussian import GaussianDenoiser
-from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
+from diffgap_lightning.refiner.hubness import HubCorrection
 from diffgap_lightning.space import EmbeddingSpace
 
 Direction = tuple[str, str]

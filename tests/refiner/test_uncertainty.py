@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from diffgap_lightning.uncertainty import coverage, uncertainty_of
+from diffgap_lightning.refiner.uncertainty import coverage, uncertainty_of
 
 
 def draws(noise: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:

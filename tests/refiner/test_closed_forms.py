@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffgap_lightning.closed_forms import held_out
+from diffgap_lightning.refiner.closed_forms import held_out
 
 
 def test_whole_ids_are_held_out_once_and_rows_without_a_partner_never() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from diffgap_lightning.diffusion.prediction import Prediction
 from diffgap_lightning.diffusion.schedule import ScheduleName
-from diffgap_lightning.refiner_checks import check_values
+from diffgap_lightning.refiner.checks import check_values
 
 Direction = tuple[str, str]
 Start = Literal["posterior_mean", "source"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffgap_lightning.fusion import clearly_better, fit_weights, fit_weights_over, fuse, mean_recall
+from diffgap_lightning.refiner.fusion import clearly_better, fit_weights, fit_weights_over, fuse, mean_recall
 
 DIM = 12
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from diffgap_lightning.bridges import Bridge
 from diffgap_lightning.cdm import ContrastiveDiffusion
 from diffgap_lightning.checkpoint import load_folder, save_folder
-from diffgap_lightning.closed_forms import BRIDGES, HUB_BRIDGE
 from diffgap_lightning.denoiser import MLPDenoiser
 from diffgap_lightning.diffusion.schedule import NoiseSchedule
 from diffgap_lightning.functional.checks import check_embeddings, frames_as_rows
 from diffgap_lightning.gaussian import GaussianDenoiser
-from diffgap_lightning.hubness import HubCorrection
 from diffgap_lightning.mixture_denoiser import MixtureDenoiser
-from diffgap_lightning.refiner_checks import check_claims
-from diffgap_lightning.refiner_config import Direction, RefinerConfig, direction_name
+from diffgap_lightning.refiner.checks import check_claims
+from diffgap_lightning.refiner.closed_forms import BRIDGES, HUB_BRIDGE
+from diffgap_lightning.refiner.config import Direction, RefinerConfig, direction_name
+from diffgap_lightning.refiner.hubness import HubCorrection
 from diffgap_lightning.sequence_denoiser import SequenceDenoiser
 from diffgap_lightning.space import EmbeddingSpace
 

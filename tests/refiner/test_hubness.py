@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffgap_lightning import hubness
 from diffgap_lightning.functional.retrieval import recall_at_k, retrieval_ranks
-from diffgap_lightning.hubness import HubCorrection
+from diffgap_lightning.refiner import hubness
+from diffgap_lightning.refiner.hubness import HubCorrection
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -20,8 +20,8 @@ from diffgap_lightning.cdm import ContrastiveDiffusion
 from diffgap_lightning.diffusion.samplers import sample_named
 from diffgap_lightning.diffusion.schedule import sampling_times
 from diffgap_lightning.functional.checks import check_embeddings
-from diffgap_lightning.product import PosteriorProduct, presence_groups
-from diffgap_lightning.refiner_config import RefinerConfig
+from diffgap_lightning.refiner.config import RefinerConfig
+from diffgap_lightning.refiner.product import PosteriorProduct, presence_groups
 from diffgap_lightning.space import EmbeddingSpace
 
 
