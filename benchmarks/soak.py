@@ -57,23 +57,32 @@ def own_memory() -> float:
 
 
 class Meter(Callback):
-    """Samples after every epoch and ends the run in time.
+    """Samples after every epoch and ends the run in time, or when it is full.
+
+    A list of samples would itself grow by 160 bytes an epoch, which shows: all of their memory is taken beforehand.
 
     Args:
         minutes: When to stop.
+        most: Samples that it can hold.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self.samples: list[Sample] = []
+    def __init__(self, minutes: float, most: int = 100_000) -> None:
+        self.values, self.count = np.full((most, len(Sample._fields)), np.nan), 0
         self.start, self.end = time.monotonic(), time.monotonic() + 60 * minutes
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those taken so far."""
+        return [Sample(int(e), s, m, int(f), int(t)) for e, s, m, f, t in self.values[: self.count].tolist()]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample; checkpoints and the refiner of this epoch are written by callbacks before this one."""
         gc.collect()
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         now = time.monotonic()
-        self.samples.append(Sample(trainer.current_epoch, now - self.start, own_memory(), files, threads))
-        trainer.should_stop = now > self.end
+        self.values[self.count] = trainer.current_epoch, now - self.start, own_memory(), files, threads
+        self.count += 1
+        trainer.should_stop = now > self.end or self.count == len(self.values)
 
 
 def soak(folder: Path, minutes: float, max_epochs: int = 1_000_000, num_workers: int = 1) -> list[Sample]:
