@@ -36,6 +36,17 @@ def suggest_flag(message: str, flags: Iterable[str]) -> str:
     return f"{message}; did you mean {near[0]}?" if near else message
 
 
+def one_line(text: str) -> str:
+    r"""Text from elsewhere as one line that cannot steer a terminal, whatever a file's name holds.
+
+    Example:
+        >>> one_line("a\x1b[31m  name\n of 2 lines")
+        'a\\x1b[31m name of 2 lines'
+    """
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
 def tidy(message: str) -> str:
     r"""Jsonargparse's message about a wrong value as one line: the field, what was expected and what was got.
 

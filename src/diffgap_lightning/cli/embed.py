@@ -18,7 +18,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from diffgap_lightning.cli.arguments import ArgumentParser
+from diffgap_lightning.cli.arguments import ArgumentParser, one_line
 from diffgap_lightning.cli.encoder_arguments import build_encoder, print_encoder_help, split_encoder_arguments
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ def _settings(args: argparse.Namespace, corpus: Corpus, encoder: ContrastiveEnco
             if missing := corpus.catalog.missing(modality):
                 first = ", ".join(clip.id for clip in missing[:3])
                 total = len(corpus.catalog)
-                print(f"{modality}: missing for {len(missing)} of {total} clips (e.g. {first})", file=sys.stderr)
+                print(
+                    f"{modality}: missing for {len(missing)} of {total} clips (e.g. {one_line(first)})", file=sys.stderr
+                )
     window = encoder.window if args.window is None else args.window or None
     limits = MediaLimits(max_bytes=int(args.max_megabytes * 1e6), max_seconds=args.max_seconds)
     return EmbedSettings(modalities, window, args.hop, args.windows, args.template, limits)

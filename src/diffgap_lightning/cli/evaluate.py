@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from diffgap_lightning.cli.arguments import ArgumentParser, suggest
+from diffgap_lightning.cli.arguments import ArgumentParser, one_line, suggest
 from diffgap_lightning.cli.embed import build_encoder, split_encoder_arguments
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def format_report(report: GenerationReport) -> str:
     if report.failures:
         listed = some([f"{file} ({why})" for file, why in report.failures.items()])
         notes.append(f"unusable clips: {len(report.failures)}: {listed}")
-    return "\n".join([*(line.rstrip() for line in table), "", LEGEND, *notes])
+    return "\n".join([*(line.rstrip() for line in table), "", LEGEND, *map(one_line, notes)])
 
 
 def _extractor(text: str) -> FeatureExtractor:

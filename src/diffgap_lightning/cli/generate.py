@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgap_lightning import __version__
-from diffgap_lightning.cli.arguments import ArgumentParser
+from diffgap_lightning.cli.arguments import ArgumentParser, one_line
 from diffgap_lightning.cli.sound_arguments import (
     ENCODERS,
     add_model_arguments,
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
         print(f"going on: {len(items) - len(todo)} of {len(items)} are finished", file=sys.stderr)
     finished = _run(generation, items, todo, quiet=options.no_progress)
     for message in generation.failed.values():
-        print(f"left out: {message}", file=sys.stderr)
+        print(f"left out: {one_line(message)}", file=sys.stderr)
     if not finished:
         raise ValueError("none of the inputs could be used")
     print(f"page: {folder.file(PAGE_NAME)}")

@@ -11,13 +11,14 @@ SIGUSR1, `fit` after saving. With `DIFFGAP_TRACEBACK=1` in the environment a mis
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
 from diffgap_lightning import __version__
-from diffgap_lightning.cli.arguments import suggest
+from diffgap_lightning.cli.arguments import one_line, suggest
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("diffgap_lightning.cli.trainer:fit", "train a refiner from a YAML file"),
@@ -60,6 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with the exit status, unless that is 0.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text, or not in this locale
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
@@ -87,8 +91,7 @@ def _run(name: str, argv: list[str]) -> int:
     except _USER_ERRORS as error:
         if os.environ.get("DIFFGAP_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"diffgap {name}: error: {message}", file=sys.stderr)
+        print(f"diffgap {name}: error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         return 2
 
 

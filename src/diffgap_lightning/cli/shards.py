@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffgap_lightning.cli.arguments import ArgumentParser
+from diffgap_lightning.cli.arguments import ArgumentParser, one_line
 
 
 def run(argv: list[str]) -> int:
@@ -92,7 +92,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, disable=None) as bar:
             problems = verify_shards(folder, bar.update)
         for problem in problems:
-            print(f"{folder}: {problem}")
+            print(one_line(f"{folder}: {problem}"))
         print(f"{folder}: {f'{len(problems)} problems' if problems else 'all good'}; {_describe(manifest)}")
         status = max(status, int(bool(problems)))
     return status

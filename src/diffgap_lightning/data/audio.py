@@ -7,6 +7,7 @@ which other windows were read. wav, flac, mp3 and ogg are read by soundfile; mp4
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -86,8 +87,11 @@ class _SoundFileReader:
 
     def __init__(self, media: Media) -> None:
         soundfile: Any = need("soundfile")
+        source: Any = media.open()
+        if isinstance(source, str) and os.name == "posix":
+            source = os.fsencode(source)  # a name need not be text
         try:
-            self._file = soundfile.SoundFile(media.open())
+            self._file = soundfile.SoundFile(source)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
             raise MediaError(f"cannot open audio: {reason(error)}") from error
         self._error = soundfile.LibsndfileError

@@ -163,7 +163,7 @@ def _generic_clip(where: Where, row: dict[str, Any], base: Path) -> tuple[Where,
     media = {}
     for field in ("audio", "video"):
         if row.get(field):
-            media[field] = Media(base / where.word(field, row[field]), start=begin, duration=duration)
+            media[field] = Media(_file(where, field, row[field], base), start=begin, duration=duration)
     clip = Clip(
         where.word("id", row.get("id")),
         tuple(where.word("text", text) for text in texts),
@@ -173,6 +173,13 @@ def _generic_clip(where: Where, row: dict[str, Any], base: Path) -> tuple[Where,
     if not (clip.audio or clip.video or clip.texts):
         raise where.error("audio, video, text", "all empty; a clip needs at least one of them")
     return where, clip
+
+
+def _file(where: Where, field: str, value: object, base: Path) -> Path:
+    """The file that a row names, exactly; spaces around a name are left out where they are no part of one."""
+    if isinstance(value, str) and os.path.exists(base / value):
+        return base / value
+    return base / where.word(field, value)
 
 
 def _merge(rows: _Rows, strict: bool) -> list[Clip]:
@@ -202,7 +209,7 @@ def _has(clip: Clip, modality: str) -> bool:
     if modality == "text":
         return bool(clip.texts)
     media = clip.audio if modality == "audio" else clip.video
-    return media is not None and (isinstance(media.source, bytes) or media.source.is_file())
+    return media is not None and (isinstance(media.source, bytes) or os.path.isfile(media.source))
 
 
 def _split(name: str) -> str:

@@ -34,7 +34,10 @@ class Where:
         """A non-empty string."""
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise self.error(field, f"got {value!r}, expected a non-empty string")
-        return str(value).strip()
+        word = str(value).strip()
+        if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            raise self.error(field, f"got {value!r}, expected text; lone surrogates are no characters")
+        return word
 
 
 def csv_rows(path: Path) -> Iterator[tuple[Where, list[str]]]:

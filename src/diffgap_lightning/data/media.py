@@ -71,8 +71,8 @@ class Media:
         return self.source.suffix[1:].lower()
 
     def open(self) -> io.BufferedIOBase | str:
-        """What soundfile and PyAV open."""
-        return io.BytesIO(self.source) if isinstance(self.source, bytes) else str(self.source)
+        """What soundfile and PyAV open: a whole path, as names such as `-` and `http:x` mean other things to them."""
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else os.path.abspath(self.source)
 
     def check(self, limits: MediaLimits) -> None:
         """Refuse missing, empty and oversized files.
@@ -82,7 +82,7 @@ class Media:
         """
         if isinstance(self.source, bytes):
             size = len(self.source)
-        elif not self.source.is_file():
+        elif not os.path.isfile(self.source):  # unlike `is_file`, also where no file can have such a name
             raise MediaError("file not found")
         else:
             size = os.path.getsize(self.source)

@@ -100,7 +100,7 @@ def write_video_with_audio(
         if not incoming.streams.video:
             raise MediaError("no video stream")
         picture = incoming.streams.video[0]
-        with av.open(str(work), "w", format=container_format) as outgoing:
+        with av.open(os.path.abspath(work), "w", format=container_format) as outgoing:
             try:
                 copied = outgoing.add_stream_from_template(picture)
                 sound = _Sound(outgoing, codec, samples, sample_rate, start=_start_seconds(picture))

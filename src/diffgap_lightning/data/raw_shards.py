@@ -11,6 +11,7 @@ What cannot be used is yielded as a `Skip` with its reason, a damaged tar includ
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tarfile
@@ -50,7 +51,7 @@ def raw_shard_ids(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     urls: list[str] = []
     for part in [spec] if isinstance(spec, str | os.PathLike) else list(spec):
         for text in expand_braces(check_url(os.fspath(part))):
-            urls += expand_glob(os.path.join(text, "*.tar") if os.path.isdir(text) else text)
+            urls += expand_glob(os.path.join(glob.escape(text), "*.tar") if os.path.isdir(text) else text)
     urls = list(dict.fromkeys(urls))
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url):

@@ -63,7 +63,9 @@ def open_shards(spec: Spec, modalities: Sequence[str] | None = None) -> ShardSet
     sets: list[ShardSet] = []
     loose: list[str] = []
     for text in dict.fromkeys(texts):
-        if not (text.partition("?")[0] if is_remote(text) else text).endswith(".tar"):
+        if os.path.isdir(text):
+            sets.append(_open_folder(text))
+        elif not (text.partition("?")[0] if is_remote(text) else text).endswith(".tar"):
             sets.append(_open_folder(text.removesuffix(MANIFEST_NAME).rstrip("/") or "."))
         elif (listed := _open_listed(text)) is not None:
             sets.append(listed)
@@ -128,13 +130,15 @@ def _open_folder(folder: str) -> ShardSet:
 def _open_listed(text: str) -> ShardSet | None:
     """The part of a folder's manifest that a tar's name or glob selects; None where there is no manifest."""
     folder, _, pattern = text.rpartition("/")
-    if "?" in text and is_remote(text) or any(c in folder for c in "*?["):
+    if "?" in text and is_remote(text) or (any(c in folder for c in "*?[") and not os.path.isdir(folder)):
         return None
     try:
         whole = _open_folder(folder or ("/" if text.startswith("/") else "."))
     except OSError:
         return None
-    chosen = [i for i, shard in enumerate(whole.manifest.shards) if fnmatch.fnmatchcase(shard.name, pattern)]
+    names = [shard.name for shard in whole.manifest.shards]
+    chosen = [i for i, name in enumerate(names) if name == pattern]
+    chosen = chosen or [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
     if not chosen:
         raise FileNotFoundError(f"{text}: {MANIFEST_NAME} beside it lists no such shard")
     manifest = replace(whole.manifest, shards=tuple(whole.manifest.shards[i] for i in chosen))

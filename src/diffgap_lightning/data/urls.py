@@ -126,8 +126,8 @@ def list_tars(folder: str) -> list[str]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a{0..2}` -> `a0 a1 a2`."""
-    if "{" not in text:
+    """`a{0..2}` -> `a0 a1 a2`; a path that exists is one name, whatever is in it."""
+    if "{" not in text or os.path.exists(text):
         return [text]
     from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
@@ -138,14 +138,14 @@ def expand_braces(text: str) -> list[str]:
 
 
 def expand_glob(url: str) -> list[str]:
-    """The files that a glob matches, sorted; an address without wildcards as it is."""
-    if not any(c in url for c in "*?[") or url.startswith(("http://", "https://")):
+    """The files that a glob matches, sorted; an address without wildcards, or of a file that exists, as it is."""
+    if not any(c in url for c in "*?[") or url.startswith(("http://", "https://")) or os.path.exists(url):
         return [url]
     if is_remote(url):
         fs = _remote(url)
         found = sorted(fs.unstrip_protocol(path) for path in fs.glob(url))
     else:
-        found = sorted(glob.glob(url)) or ([url] if os.path.exists(url) else [])
+        found = sorted(glob.glob(url))
     if not found:
         raise FileNotFoundError(f"{url}: no file matches")
     return found

@@ -76,7 +76,7 @@ def finish(
     summary, skipped = EmbedSummary(seconds=round(seconds, 3), run=store.run), out.parent / f".{out.name}.skipped.tmp"
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    with skipped.open("w", encoding="utf-8") as file:
+    with skipped.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for part in range(store.parts):
             record = store.record(part)
             rows.update(record.rows)

@@ -151,7 +151,7 @@ def check_same_run(path: Path, run: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
     with replacing(path) as work:
-        work.write_text(text + "\n", encoding="utf-8")
+        work.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON reads it back
 
 
 def _listed(items: Sequence[str], limit: int = 3) -> str:

@@ -7,6 +7,7 @@ several captions, in several rows or as a list. The folder of a `diffgap generat
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -59,20 +60,24 @@ def read_captions(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 def clip_key(name: str) -> str:
     """`a/rain.wav` -> `a/rain`; a dot that does not begin a media suffix stays."""
-    stem, suffix = os.path.splitext(name.replace("\\", "/").removeprefix("./"))
+    stem, suffix = os.path.splitext(name.removeprefix("./"))
     return stem if suffix.lower() in SUFFIXES else f"{stem}{suffix}"
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # not read_text, which would change line ends inside of quotes
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}); convert it") from error
-    reader = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, line {reader.line_num}: another number of columns than the header; quote commas")
-        yield _fields(row, f"{path}, line {reader.line_num}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: another number of columns than the header; quote commas")
+            yield _fields(row, where)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _fields(row: Any, where: object) -> tuple[str, Any]:

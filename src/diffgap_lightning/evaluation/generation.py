@@ -188,13 +188,18 @@ class _Study:
             raise NotMeasured("needs an encoder of audio and text")
         if self.captions is None:
             raise NotAvailable("needs captions")
-        pairs = [(i, text) for i, key in enumerate(self.generated.keys) for text in self.captions.get(key, ())]
-        alone = [f"{self.generated.folder / key}" for key in self.generated.keys if key not in self.captions]
+        pairs = [(i, text) for i, key in enumerate(self.generated.keys) for text in self._captions(key)]
+        alone = [f"{self.generated.folder / key}" for key in self.generated.keys if not self._captions(key)]
         note = self._unmatched(alone, len(self.generated.keys), "clips with a caption", "no caption")
         texts = self.extractor.embed_captions([text for _, text in pairs])
         clip = torch.tensor([i for i, _ in pairs])
         values = clap_scores(self.generated.features.rows[clip], texts)
         return self._mean(values, clip) | {"n_generated": len(clip.unique()), "note": note}
+
+    def _captions(self, key: str) -> Sequence[str]:
+        """Of one clip; a table from Windows may write its folders with backslashes."""
+        assert self.captions is not None
+        return self.captions.get(key) or self.captions.get(key.replace("/", "\\"), ())
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         if self.reference is None:

@@ -77,7 +77,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically."""
         with replacing(self.path / name) as work:
-            work.write_text(text + "\n", encoding="utf-8")
+            work.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON reads it back
         return self.path / name
 
     def write_record(self, record: Record) -> None:

@@ -1,15 +1,17 @@
 """What sound is made for: texts, the lines of a text file, videos, the videos of a folder.
 
-An item's key is a readable slug and eight hexadecimal digits of a hash of its content (the text, or the video's bytes).
-It names the item's files and seeds its noise, so a list may be extended or reordered and the finished items stay valid.
+An item's key is a readable slug and eight hexadecimal digits of a hash of its content (the text, or the video's bytes;
+its name too, where equal videos have different names that give one slug). It names the item's files and seeds its
+noise, so a list may be extended or reordered and the finished items stay valid.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +54,8 @@ def video_item(path: Path) -> Item:
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    return Item("video", path.name, path, _key(path.stem, digest))
+    shown = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # a name need not be text
+    return Item("video", shown, path, _key(path.stem, digest))
 
 
 def read_items(inputs: Sequence[str]) -> list[Item]:
@@ -67,6 +70,10 @@ def read_items(inputs: Sequence[str]) -> list[Item]:
         ValueError: an empty prompt, text file or folder, or a file of another kind.
     """
     items = [item for given in inputs for item in _items_of(given)]
+    texts: dict[str, set[str]] = {}
+    for item in items:
+        texts.setdefault(item.key, set()).add(item.text)
+    items = [item if len(texts[item.key]) == 1 else _distinct(item) for item in items]
     unique = {item.key: item for item in items}
     return list(unique.values())
 
@@ -101,6 +108,11 @@ def _lines(path: Path) -> list[Item]:
     if not prompts:
         raise ValueError(f"{path}: no prompts in it, expected one a line")
     return [text_item(prompt) for prompt in prompts]
+
+
+def _distinct(item: Item) -> Item:
+    """An item whose key depends on its name too."""
+    return replace(item, key=_key(item.text, hashlib.sha256(f"{item.key} {item.text}".encode())))
 
 
 def _exists(path: Path, kind: str) -> bool:
