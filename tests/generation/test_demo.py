@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffgap_lightning.data.media import MediaError, MediaLimits
+from diffgap_lightning.data.media import MediaLimits
 from diffgap_lightning.encoders.hashing import HashingEncoder
 from diffgap_lightning.generation.demo import Demo
 from diffgap_lightning.generation.demo_page import HOST, build_demo, launch
@@ -56,7 +56,7 @@ def test_strength_and_seed_are_the_requests_own(renderer: Renderer, tmp_path: Pa
     assert not torch.allclose(plain.waveforms[0], other.waveforms[0])
 
 
-def test_what_is_refused(renderer: Renderer, tmp_path: Path) -> None:
+def test_what_is_refused(renderer: Renderer, tmp_path: Path, make_video: Callable[..., Path]) -> None:
     demo = Demo(renderer, tmp_path)
     for prompt, message in ((" ", "Write what"), ("x" * 501, "501 characters")):
         with pytest.raises(ValueError, match=message):
@@ -64,8 +64,12 @@ def test_what_is_refused(renderer: Renderer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Choose a video"):
         demo.video("", 0.0, 0)
     (tmp_path / "x.mp4").write_bytes(b"\0" * 64)
-    with pytest.raises(MediaError, match="cannot open"):
+    with pytest.raises(ValueError, match=r"^The video cannot be used: cannot open container"):
         demo.video(str(tmp_path / "x.mp4"), 0.0, 0)
+    long = make_video(tmp_path / "long.mp4", seconds=21.0, fps=1)
+    with pytest.raises(ValueError, match=r"^The video cannot be used: 21\.0 s long, more than 20 s\.$"):
+        demo.video(str(long), 0.0, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.mp4", "x.mp4"]  # nothing was made
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,36 @@ def test_the_server_is_on_loopback_alone_and_limits_uploads(address: str) -> Non
         urllib.request.urlopen(request, timeout=30)
     if isinstance(refused.value, urllib.error.HTTPError):
         assert refused.value.code == 413
+
+
+@pytest.mark.slow
+def test_a_too_long_video_is_refused_in_words(address: str, tmp_path: Path, make_video: Callable[..., Path]) -> None:
+    """As the page asks: upload, join the queue, read the events."""
+    import json
+    import urllib.request
+
+    video = make_video(tmp_path / "v.mp4", seconds=21.0, fps=1).read_bytes()
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="v.mp4"\r\n\r\n' + video + b"\r\n--x--\r\n"
+
+    def ask(path: str, data: bytes | None = None, kind: str = "application/json") -> bytes:
+        request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": kind})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    (name,) = json.loads(ask("gradio_api/upload", body, "multipart/form-data; boundary=x"))
+    config = json.loads(ask("config"))
+    button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "make-video")
+    make = next(d["id"] for d in config["dependencies"] if d["targets"][0][0] == button)
+    file = {"path": name, "meta": {"_type": "gradio.FileData"}}
+    ask("gradio_api/queue/join", json.dumps({"data": [file, 0.0, 0], "fn_index": make, "session_hash": "s"}).encode())
+    events = [
+        json.loads(line[6:])
+        for line in ask("gradio_api/queue/data?session_hash=s").decode().splitlines()
+        if line.strip()
+    ]
+    (done,) = (event for event in events if event["msg"] == "process_completed")
+    assert not done["success"]
+    assert done["output"]["error"] == "The video cannot be used: 21.0 s long, more than 20 s."
 
 
 def seen(selector: str) -> str:

@@ -42,6 +42,8 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(own)
     if options.port is not None and not 0 < options.port < 65536:
         raise ValueError(f"--port: got {options.port}, expected from 1 to 65535")
+    if not 0 < options.max_megabytes < float("inf"):
+        raise ValueError(f"--max-megabytes: got {options.max_megabytes}, expected more than 0")
     if not options.refiner:
         raise ValueError("--refiner DIR is needed: the demo compares with and without it")
     settings = sound_settings(options)

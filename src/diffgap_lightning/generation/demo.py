@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffgap_lightning.data.media import Media
+from diffgap_lightning.data.media import Media, MediaError
 from diffgap_lightning.data.mux import playable_suffix, write_video_with_audio
 
 from .items import text_item, video_item
@@ -52,19 +52,24 @@ class Demo:
         """Videos with the sound of each version, the sounds, and the table of similarities.
 
         Raises:
-            ValueError: no video.
-            MediaError: it cannot be used.
+            ValueError: no video, or one that is too long or cannot be decoded.
         """
         if not path:
             raise ValueError("Choose a video.")
-        item = video_item(Path(path))
-        sounds = self._adjusted(strength, seed).video_sounds(Media(Path(path)), item.key)
+        try:
+            return self._video(Path(path), strength, seed)
+        except MediaError as error:
+            raise ValueError(f"The video cannot be used: {error}.") from error
+
+    def _video(self, path: Path, strength: float, seed: float) -> tuple[list[Path], list[Sound], str]:
+        item = video_item(path)
+        sounds = self._adjusted(strength, seed).video_sounds(Media(path), item.key)
         self._requests += 1
         stem = f"{self._requests % _KEPT}"
         files = [
             write_video_with_audio(
-                self._folder / f"{stem}-{sound.version}{playable_suffix(Path(path))}",
-                Path(path), sound.waveforms[0], self.renderer.generator.sample_rate,
+                self._folder / f"{stem}-{sound.version}{playable_suffix(path)}",
+                path, sound.waveforms[0], self.renderer.generator.sample_rate,
             )
             for sound in sounds
         ]  # fmt: skip

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffgap_lightning.data.media import MediaError
 from diffgap_lightning.encoders.optional import need
 
 from .demo import MAX_PROMPT, Demo
@@ -131,7 +130,7 @@ def _on(gr: Any, event: Any, make: Callable[..., list[Any]], inputs: list[Any], 
     def guarded(*values: Any) -> list[Any]:
         try:
             return make(*values)
-        except (ValueError, MediaError) as error:
+        except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     event(
