@@ -209,7 +209,7 @@ def test_the_page_of_real_videos_plays_in_a_browser(
         (["--model", "x"], "--refiner DIR is needed"),
         (["--refiner", "x"], "required: --model"),
         (["--model", "x", "--refiner", "x", "--port", "99999"], "from 1 to 65535"),
-        (["--model", "x", "--refiner", "x", "--max-megabytes", "nan"], "--max-megabytes: got nan, expected more than 0"),
+        (["--model", "x", "--refiner", "x", "--max-megabytes", "nan"], "--max-megabytes: got nan, expected more"),
         (["--model", "x", "--refiner", "x", "--max-seconds", "-1"], "--max-seconds: got -1.0, expected more than 0"),
         (["--model", "x", "--refiner", "x", "--share"], "unrecognized arguments: --share"),
     ],

@@ -122,11 +122,8 @@ def test_a_too_long_video_is_refused_in_words(address: str, tmp_path: Path, make
     make = next(d["id"] for d in config["dependencies"] if d["targets"][0][0] == button)
     file = {"path": name, "meta": {"_type": "gradio.FileData"}}
     ask("gradio_api/queue/join", json.dumps({"data": [file, 0.0, 0], "fn_index": make, "session_hash": "s"}).encode())
-    events = [
-        json.loads(line[6:])
-        for line in ask("gradio_api/queue/data?session_hash=s").decode().splitlines()
-        if line.strip()
-    ]
+    lines = ask("gradio_api/queue/data?session_hash=s").decode().splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     (done,) = (event for event in events if event["msg"] == "process_completed")
     assert not done["success"]
     assert done["output"]["error"] == "The video cannot be used: 21.0 s long, more than 20 s."
