@@ -5,11 +5,14 @@
 Without the flushes a rename can reach the disk before the bytes that it names. A folder that exists already changes
 places with the new one in a single call where the system has it (Linux, local file systems); elsewhere it steps aside
 first, and between the two renames there is neither.
+
+`check_writable` and `check_replaceable` refuse a place before the work is done whose result is to go there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -46,6 +49,40 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that nothing can be written to; one that does not exist yet is judged by the one to make it in.
+
+    Raises:
+        OSError: one sentence that names the folder and what stands in the way.
+    """
+    nearest = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(p))
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
+        tempfile.TemporaryFile(dir=nearest).close()  # it has no name, where the system can do that
+    except OSError as error:
+        where = "" if error.errno == errno.ENOTDIR or nearest == Path(folder) else f" in {nearest}"
+        raise type(error)(f"{folder}: cannot be written to ({error.strerror}{where}); choose another folder") from error
+
+
+def check_replaceable(path: str | os.PathLike[str], folder: bool = False) -> None:
+    """Refuse a path that no file, or no `folder`, can be put in the place of.
+
+    Raises:
+        OSError: one sentence that names it.
+    """
+    if os.path.isdir(path) and not folder:
+        raise IsADirectoryError(f"{path}: is a folder, expected the name of a file to write")
+    if os.path.lexists(path) and not os.path.isdir(path) and folder:
+        raise NotADirectoryError(f"{path}: is not a folder, and a folder is to be written there; choose another name")
+    if os.path.ismount(path):
+        raise OSError(f"{path}: is where a file system is mounted, which cannot be replaced; name a folder inside it")
+    if folder:
+        check_writable(path)
+    if not folder or os.path.exists(path):
+        check_writable(Path(path).parent)
 
 
 def commit(work: Path, path: Path) -> None:

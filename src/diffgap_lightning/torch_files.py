@@ -35,8 +35,10 @@ def read_torch_file(path: Path, map_location: Any = "cpu") -> Any:
         ValueError: damaged, truncated, or an archive that claims more than it holds.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     archive = check_archive(path)
+    if not archive:
+        _check_pickle(path)
     try:
         with numpy_allowed():
             return torch.load(path, map_location=map_location, weights_only=True, mmap=archive)
@@ -68,6 +70,19 @@ def check_archive(path: Path) -> bool:
             "its making: get it from where it was made"
         )
     return True
+
+
+def _check_pickle(path: Path) -> None:
+    """Refuse what is neither an archive nor a pickle as PyTorch writes it: it holds no code, but no weights either.
+
+    Raises:
+        ValueError: a picture, a text, an empty file, ...
+    """
+    with path.open("rb") as file:
+        first = file.read(1)
+    if first != pickle.PROTO:
+        what = "is no file of torch.save" if first else "is empty"
+        raise ValueError(f"{path}: not a readable PyTorch file (it {what}); give the file with the weights")
 
 
 def numpy_allowed() -> AbstractContextManager[Any]:

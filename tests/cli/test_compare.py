@@ -51,7 +51,7 @@ def test_only_the_data_section_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "model: {}\n", "data: 3\n", "data: {path: x}\n", "- data\n"])
 def test_a_file_without_a_data_section_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"c\.yaml has no section data"):
+    with pytest.raises(ValueError, match=r"c\.yaml (has no section data|holds (nothing|a list), expected sections)"):
         read_data_section(str(tmp_path / "c.yaml"))
 
 

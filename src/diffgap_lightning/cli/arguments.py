@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[^\s=]+)")
@@ -34,6 +35,28 @@ def suggest_flag(message: str, flags: Iterable[str]) -> str:
     wrong = _UNRECOGNIZED.search(message)
     near = difflib.get_close_matches(wrong[1], list(flags), n=1) if wrong else []
     return f"{message}; did you mean {near[0]}?" if near else message
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or no mapping.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "not found"
+        raise FileNotFoundError(f"--config: {path} {what}; give a YAML file such as configs/quickstart.yaml")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"--config: {path} holds {found}, expected sections such as trainer:, model: and data:")
+    return content
 
 
 def one_line(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgap_lightning import __version__
-from diffgap_lightning.cli.arguments import ArgumentParser, suggest, suggest_flag, tidy
+from diffgap_lightning.cli.arguments import ArgumentParser, read_config, suggest, suggest_flag, tidy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -53,6 +53,11 @@ def run(argv: list[str]) -> int:
     """Run the command; see `cli.main` for the convention."""
     parser = build_parser()
     options, data_arguments = parser.parse_known_args(argv)
+    from diffgap_lightning.atomic import check_replaceable, check_writable
+
+    check_writable(_out(options))
+    if options.json:
+        check_replaceable(options.json)
     section = read_data_section(options.config)
     datamodule = build_datamodule(section, data_arguments, parser)
 
@@ -87,17 +92,9 @@ def read_data_section(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, or no such section.
+        ValueError: not YAML, no mapping, or no such section.
     """
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config: {path} not found; give a YAML file such as configs/quickstart.yaml")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML ({error})") from error
-    section = content.get("data") if isinstance(content, dict) else None
+    section = read_config(path).get("data")
     if isinstance(section, str):
         section = {"class_path": section}
     if not isinstance(section, dict) or "class_path" not in section:
@@ -162,8 +159,7 @@ def _write(
     from diffgap_lightning.evaluation.report import write_json
     from diffgap_lightning.plotting import SpaceView, space_figure
 
-    beside = Path(options.refiner).absolute().parent if options.refiner else Path("runs")
-    folder = Path(options.out) if options.out else beside / "compare"
+    folder = _out(options)
     shown = REFINER if REFINER in models else records[0].get("best_bridge", next(iter(models)))
     directions = list(dict.fromkeys(tuple(r["direction"].split("_to_")) for r in records))[:MAX_VIEWS]
     views = [
@@ -184,6 +180,12 @@ def _write(
     (folder / "space.png").write_bytes(png.getvalue())
     write_json(folder / "compare.json", records)
     return write_html(folder / "compare.html", records, png.getvalue(), title="DiffGAP and its rivals", facts=facts)
+
+
+def _out(options: argparse.Namespace) -> Path:
+    """The folder to write."""
+    beside = Path(options.refiner).absolute().parent if options.refiner else Path("runs")
+    return Path(options.out) if options.out else beside / "compare"
 
 
 def _bar(items: Iterable[Any], text: str) -> Iterable[Any]:

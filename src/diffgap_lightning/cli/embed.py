@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgap_lightning.cli.arguments import ArgumentParser, one_line
@@ -84,6 +85,9 @@ def run(argv: list[str]) -> int:
     for flag, least in (("num_workers", 0), ("part_size", 0), ("batch_size", 1)):
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')}: got {getattr(args, flag)}, expected at least {least}")
+    from diffgap_lightning.embedding.parts import check_out
+
+    check_out(Path(args.out), args.overwrite)  # before a model is loaded
     encoder = build_encoder(args.encoder, encoder_arguments)
     try:
         return _embed(args, encoder)
@@ -155,12 +159,13 @@ def _corpus(args: argparse.Namespace) -> tuple[Corpus, str | None]:
 def _settings(args: argparse.Namespace, corpus: Corpus, encoder: ContrastiveEncoder) -> Any:
     """What decides the rows; says on stderr which media are missing."""
     from diffgap_lightning.data.media import MediaLimits
-    from diffgap_lightning.embedding.corpus import CatalogCorpus, available_modalities
+    from diffgap_lightning.embedding.corpus import CatalogCorpus, available_modalities, first_problem
     from diffgap_lightning.embedding.decode import EmbedSettings
 
     modalities = tuple(dict.fromkeys(args.modality or ())) or available_modalities(corpus, encoder.modalities)
     if not modalities:
-        raise ValueError(f"{corpus.name}: none of its clips has {' or '.join(encoder.modalities)}; is --media right?")
+        why = "is --media right?" if isinstance(corpus, CatalogCorpus) else first_problem(corpus) or "give other tars"
+        raise ValueError(f"{corpus.name}: none of its clips has {' or '.join(encoder.modalities)}; {why}")
     if isinstance(corpus, CatalogCorpus) and _first_process():
         for modality in modalities:
             if missing := corpus.catalog.missing(modality):

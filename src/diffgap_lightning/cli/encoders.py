@@ -71,9 +71,12 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, encoder_arguments: list[str]) -> int:
+    from diffgap_lightning.atomic import check_replaceable
     from diffgap_lightning.encoders import encoder_class
     from diffgap_lightning.encoders.checks import run_checks
 
+    if arguments.json:
+        check_replaceable(arguments.json)
     if "check" in signature(encoder_class(arguments.encoder)).parameters:
         encoder_arguments = ["--encoder.check", "false", *encoder_arguments]  # shown in the table instead
     encoder = build_encoder(arguments.encoder, encoder_arguments, _PROG).to(_device(arguments.device)).eval()

@@ -67,12 +67,15 @@ def run(argv: list[str]) -> int:
     if not args.extractor and not args.encoder:
         listed = "; ".join(f"--extractor {name}=FILE, {text}" for name, text in WHERE.items())
         raise ValueError(f"no network to measure with; give local files ({listed}) or --encoder NAME")
+    from diffgap_lightning.atomic import check_replaceable
     from diffgap_lightning.evaluation.captions import read_captions
     from diffgap_lightning.evaluation.clip_folder import ClipFolder
     from diffgap_lightning.evaluation.generation import evaluate_folders
 
     for folder in filter(None, (args.generated, args.reference)):
         ClipFolder.open(folder)  # a wrong path is told before weights are read
+    if args.json:
+        check_replaceable(args.json)
     captions = read_captions(args.captions) if args.captions else None
     extractors = [_extractor(text) for text in args.extractor]
     if args.encoder:

@@ -9,8 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from diffgap_lightning.atomic import check_writable
+
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+_SHARDED = (".metadata", "checkpoint")  # in the folders of FSDP and its like, and of DeepSpeed
 
 
 class RunLock:
@@ -21,6 +24,7 @@ class RunLock:
 
     Raises:
         ValueError: (in `with`) another process holds it.
+        OSError: (in `with`) the folder cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -28,7 +32,12 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
-        """Take the lock."""
+        """Take the lock, of a folder that can be written to."""
+        try:
+            for folder in (self.folder, self.folder / CHECKPOINTS):
+                check_writable(folder)
+        except OSError as error:
+            raise type(error)(f"--trainer.default_root_dir: {error}") from error
         try:
             import fcntl
         except ImportError:
@@ -86,6 +95,8 @@ def resolve_checkpoint(given: str | None, folder: str, command: str) -> str | No
             return None if furthest is None else str(furthest)
     path = Path(folder) / CHECKPOINTS / f"{given or 'best'}.ckpt" if given in (None, "best", "last") else Path(given)
     if path.is_dir():  # sharded checkpoints are folders: the strategy that wrote one reads it
+        if not any((path / name).exists() for name in _SHARDED):
+            raise ValueError(f"--ckpt_path: {path} is a folder, and none of a sharded checkpoint; give a file")
         return str(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -125,10 +125,12 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _unpack(arguments: argparse.Namespace) -> int:
+    from diffgap_lightning.atomic import check_replaceable
     from diffgap_lightning.data.arrays import check_suffix
     from diffgap_lightning.data.shard_table import read_embedding_shards
 
     check_suffix(Path(arguments.table))
+    check_replaceable(arguments.table)
     table = read_embedding_shards(arguments.shards, max_rows=arguments.max_rows, seed=arguments.seed)
     table.write(arguments.table)
     print(f"{arguments.table}: {', '.join(f'{n} {m} rows' for m, n in table.num_rows.items())}")

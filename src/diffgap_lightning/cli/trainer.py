@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import warnings
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from diffgap_lightning.cli.arguments import suggest_flag, tidy
+from diffgap_lightning.cli.arguments import read_config, suggest_flag, tidy
 from diffgap_lightning.cli.run_folder import CHECKPOINTS, RunLock, resolve_checkpoint
 from diffgap_lightning.training.callbacks import SaveLast
 from diffgap_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -97,6 +98,8 @@ class DiffGAPCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and settle which checkpoint is read before anything expensive is built."""
+        for path in filter(os.path.exists, _given(list(args or ()), "--config")):
+            read_config(path)  # jsonargparse does not name a file that is no mapping
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except argparse.ArgumentError as error:
@@ -134,6 +137,12 @@ class DiffGAPCLI(LightningCLI):
         """Say where the run is."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"run: {self.trainer.default_root_dir}")
+
+
+def _given(argv: list[str], flag: str) -> list[str]:
+    """Values of a flag that may be repeated."""
+    after = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == flag]
+    return after + [a.partition("=")[2] for a in argv if a.startswith(f"{flag}=")]
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from diffgap_lightning.atomic import replace_folder
+from diffgap_lightning.atomic import check_replaceable, replace_folder
 from diffgap_lightning.data.chunks import Layout, table_pairs, table_rows
 from diffgap_lightning.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from diffgap_lightning.data.shard_writer import ShardWriter
@@ -70,6 +70,7 @@ def write_embedding_shards(
 
     Raises:
         ValueError: rows that are no embeddings, pairs whose ids differ, nothing to write, or a folder in use.
+        OSError: `folder` cannot be written to.
     """
     if kind not in ("pairs", "rows"):
         raise ValueError(f"kind: got {kind!r}, expected 'pairs' or 'rows'")
@@ -79,6 +80,7 @@ def write_embedding_shards(
         )
     folder = Path(folder)
     _check_free(folder, overwrite)
+    check_replaceable(folder, folder=True)
     if isinstance(source, EmbeddingTable):
         encoder = same_encoder(encoder, source.encoder, "the table")
     folder.parent.mkdir(parents=True, exist_ok=True)

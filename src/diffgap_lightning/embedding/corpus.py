@@ -145,6 +145,12 @@ def available_modalities(corpus: Corpus, modalities: Sequence[str]) -> tuple[str
     return tuple(m for m in modalities if m in seen)
 
 
+def first_problem(corpus: Corpus) -> str | None:
+    """Why the first clip, or tar, that cannot be used cannot; None if there is no such one."""
+    found = (clip for part in range(len(corpus)) for clip in corpus.clips(part) if isinstance(clip, Skip))
+    return next((f"{skip.path or skip.id}: {skip.reason}" for skip in found), None)
+
+
 def _size(url: str) -> int:
     try:
         return file_size(url)

@@ -23,7 +23,7 @@ from .decode import ClipDecoder, EmbedSettings
 from .merge import SUMMARY_NAME, EmbedSummary, finish
 from .module import EmbedModule
 from .part_writer import PartWriter
-from .parts import PartStore, check_same_run
+from .parts import PARTS, PartStore, check_out, check_same_run, is_finished
 
 
 def embed_corpus(
@@ -67,6 +67,7 @@ def embed_corpus(
 
     Raises:
         ValueError: wrong settings, another run's folder, or nothing that could be embedded.
+        OSError: `out` cannot be written to.
     """
     out = Path(out)
     if kind is None:
@@ -84,11 +85,12 @@ def embed_corpus(
         "seed": seed,
         "strings": strings,
     }
-    store = PartStore(out.with_name(f"{out.name}.parts"), run, len(corpus))
+    store = PartStore(out.with_name(out.name + PARTS), run, len(corpus))
     if not overwrite:
-        if (out / MANIFEST_NAME).is_file() and not store.folder.is_dir():
+        if is_finished(out):
             return _finished_before(out, store.run)
         store.check()
+    check_out(out, overwrite)
     module = EmbedModule(encoder, corpus, store, settings, batch_size, num_workers, fresh=overwrite)
     writer = PartWriter(store, dtype, strings, corpus.part_clips, progress)
     started = time.perf_counter()

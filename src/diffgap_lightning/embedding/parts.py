@@ -17,11 +17,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffgap_lightning.atomic import replacing
+from diffgap_lightning.atomic import check_replaceable, check_writable, replacing
+from diffgap_lightning.data.manifest import MANIFEST_NAME
 from diffgap_lightning.data.raw_shards import Skip
 from diffgap_lightning.data.table import EmbeddingTable
 
 RUN_NAME = "run.json"
+PARTS = ".parts"
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds all of a run's shards."""
+    return (out / MANIFEST_NAME).is_file() and not out.with_name(out.name + PARTS).is_dir()
+
+
+def check_out(out: Path, overwrite: bool = False) -> None:
+    """Refuse a place that shards, or the parts beside them, cannot be written to, unless nothing is to be written.
+
+    Raises:
+        OSError: one sentence that names it.
+    """
+    if overwrite or not is_finished(out):
+        check_replaceable(out, folder=True)
+        check_writable(out.with_name(out.name + PARTS))
 
 
 @dataclass

@@ -24,6 +24,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from diffgap_lightning.atomic import check_replaceable
 from diffgap_lightning.data.arrays import SUFFIXES, read_arrays, write_arrays
 from diffgap_lightning.data.manifest import MANIFEST_NAME
 from diffgap_lightning.data.shards import write_embedding_shards
@@ -65,6 +66,8 @@ class RefinedEmbeddingWriter(BasePredictionWriter):
         taken = self.path.is_file() if self.as_table else (self.path / MANIFEST_NAME).is_file()
         if taken and not self.overwrite:
             raise ValueError(f"{self.path}: exists; choose another path or set overwrite")
+        if trainer.is_global_zero:
+            check_replaceable(self.path, folder=not self.as_table)
         trainer.predict_loop.return_predictions = False  # they are in files, and may be more than memory holds
         self._held, self._written, self._started = {}, 0, True
         if trainer.is_global_zero:

@@ -47,6 +47,8 @@ def local_folder(
         if lacking := missing_files(folder, files):
             raise FileNotFoundError(f"{folder}: lacks {', '.join(lacking)}; copy the whole folder of the model there")
         return folder
+    if folder.is_file():
+        raise NotADirectoryError(f"{model}: is a file, expected a folder of the model or a hub id such as owner/name")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: no such folder; give a folder or a hub id such as owner/name")
     return _snapshot(model, files, extra, revision, download, patterns)

@@ -31,7 +31,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: damaged, or a pickle that needs more than tensors.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

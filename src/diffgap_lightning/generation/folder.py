@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffgap_lightning.atomic import replacing
+from diffgap_lightning.atomic import check_writable, replacing
 from diffgap_lightning.embedding.parts import check_same_run
 
 RUN_NAME, PAGE_NAME = "run.json", "index.html"
@@ -50,6 +50,7 @@ class RunFolder:
 
         Raises:
             ValueError: the folder holds another run, or something else.
+            OSError: it cannot be written to.
         """
         marker = self.path / RUN_NAME
         if self.path.exists() and not self.path.is_dir():
@@ -59,6 +60,7 @@ class RunFolder:
                 check_same_run(marker, self.run)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path}: is not empty and holds no {RUN_NAME}; use an empty or new folder as --out")
+        check_writable(self.path)
 
     def prepare(self, overwrite: bool = False) -> None:
         """Make the folder, or take over one of the same run; `overwrite` deletes what a run wrote there before."""
