@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -82,6 +84,24 @@ def test_ctrl_c_exits_130_with_one_line(command, capsys) -> None:
         cli.main(["probe"])
     assert stop.value.code == 130
     assert capsys.readouterr().err.strip() == "diffgap probe: interrupted"
+
+
+def test_ctrl_c_that_a_package_turns_into_another_error_is_still_ctrl_c(command, capsys) -> None:
+    """As some do while they are imported: they swallow it and then lack what they did not import."""
+
+    def run(argv: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException as error:
+            raise RuntimeError("failed to import, look up to see the traceback") from error
+        return 0
+
+    command(run)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["probe"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip() == "diffgap probe: interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("fitt", "'fit'"), ("comapre", "'compare'"), ("zzz", "there are: fit")])

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from diffgap_lightning import __version__
 from diffgap_lightning.cli.arguments import one_line, suggest
@@ -80,19 +84,47 @@ def _run(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         print(f"diffgap: error: unknown command {name!r}{suggest(name, COMMANDS)}", file=sys.stderr)
         return 2
+    with _interrupts() as interrupts:
+        try:
+            return _load(COMMANDS[name][0])(argv)
+        except KeyboardInterrupt:
+            return _interrupted(name)
+        except BrokenPipeError:  # the reader of our output left, e.g. `diffgap compare ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if interrupts:
+                return _interrupted(name)
+            if os.environ.get("DIFFGAP_TRACEBACK") or not isinstance(error, _USER_ERRORS):
+                raise
+            print(f"diffgap {name}: error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+            return 2
+
+
+def _interrupted(name: str) -> int:
+    print(f"\ndiffgap {name}: interrupted", file=sys.stderr)
+    return 130
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and kept: a package that is being imported may swallow it and then fail for want of a module."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's to handle
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        return _load(COMMANDS[name][0])(argv)
-    except KeyboardInterrupt:
-        print(f"\ndiffgap {name}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output left, e.g. `diffgap compare ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except _USER_ERRORS as error:
-        if os.environ.get("DIFFGAP_TRACEBACK"):
-            raise
-        print(f"diffgap {name}: error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
-        return 2
+        yield seen
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load(target: str) -> Callable[[list[str]], int]:
