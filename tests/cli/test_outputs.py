@@ -28,22 +28,26 @@ def freeze(tmp_path: Path) -> Iterator[Freeze]:
 
     Permissions do not bind root, whose folders are made immutable instead, where the file system knows of that.
     """
-    touched: set[Path] = set()
+    immutable: dict[Path, bool] = {}
 
     def change(folder: Path, on: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        touched.add(folder)
-        if os.geteuid():
-            folder.chmod(0o555 if on else 0o755)
-        else:
+        if on:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o555)
+            immutable[folder] = os.access(folder, os.W_OK)  # permissions do not bind
+        if immutable[folder]:
             subprocess.run(["chattr", "+i" if on else "-i", str(folder)], check=True, capture_output=True)
+        if not on:
+            folder.chmod(0o755)
+            del immutable[folder]
 
     try:
         change(tmp_path / "probe", True)
+        change(tmp_path / "probe", False)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"root writes everywhere here, and there are no immutable folders ({error})")
     yield change
-    for folder in touched:
+    for folder in list(immutable):
         change(folder, False)
 
 
