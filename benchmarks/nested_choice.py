@@ -1,18 +1,20 @@
 """What the recipe for few pairs reaches where its choices never see a test fold: nested cross-validation.
 
-    python benchmarks/nested_choice.py DATA_DIR
+    python benchmarks/nested_choice.py DATA_DIR --inner inner.json
 
-Two settings of configs/table.yaml are chosen anew for every outer fold and seed, from inner folds of its training rows
-(each of them held out in turn, `diffgap fit` on the others):
+An hour on one core; the inner folds' figures are kept in `--inner`, and those that are there are not made again.
+
+Two settings of configs/table.yaml are chosen anew for every outer fold, from inner folds of its training rows (each of
+them held out in turn, `diffgap fit` on the others, all seeds):
 
     give back   whether the closed forms get the validation rows where the network shows no clear gain, or the trained
-                network stays: the larger mean of the two fused R@1 on the inner folds
-    strength    of the default start: the largest cosine of produced audio to true audio among those that put produced
-                audio no farther from real audio than centring does, by all measures of `real_clap.MANIFOLD`;
-                if none does, the largest strength
+                network stays: the larger mean of the two fused R@1
+    strength    of the default start: as few as possible of the measures of `real_clap.MANIFOLD` on which audio produced
+                from captions is farther from real audio than centring puts it; among equals, the largest cosine. A
+                squared distance estimated below 0 counts as 0: how far below is the estimator's noise
 
 The recipe with the chosen settings then trains on all training rows and is measured on the outer fold, as in
-`real_clap.py`, whose tables this prints; the altered audio is measured too. What was chosen is printed as well.
+`real_clap.py`, whose tables this prints; the altered audio is measured too. What was chosen, and why, is printed.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -44,8 +47,8 @@ from diffgap_lightning.training.callbacks import GiveBackValidation, SaveRefiner
 
 STRENGTHS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 DIRECTIONS = [("text", "audio"), ("audio", "text")]
+NAMES = {"given back": "refiner", "trained": "trained"}  # and the folder in that of the run
 MORE_IS_BETTER = {"precision", "recall"}
-CHOSEN: Counter[str] = Counter()
 
 
 class GiveBackBoth(GiveBackValidation):
@@ -58,8 +61,8 @@ class GiveBackBoth(GiveBackValidation):
         super().on_fit_end(trainer, pl_module)
 
 
-def fit_both(table: EmbeddingTable, seed: int) -> dict[bool, DiffGAPRefiner]:
-    """`diffgap fit --config configs/table.yaml`; whether rows are given back -> the refiner."""
+def fit_both(table: EmbeddingTable, seed: int) -> dict[str, DiffGAPRefiner]:
+    """`diffgap fit --config configs/table.yaml`: what it leaves, and the trained refiner before rows are given back."""
     config = yaml.safe_load(real_clap.CONFIG.read_text(encoding="utf-8"))
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"].endswith("GiveBackValidation"):
@@ -81,8 +84,7 @@ def fit_both(table: EmbeddingTable, seed: int) -> dict[bool, DiffGAPRefiner]:
             "trainer.enable_model_summary": "false",
         }
         fit([f"--{name}={value}" for name, value in arguments.items()])
-        names = {True: "refiner", False: "trained"}
-        return {give: DiffGAPRefiner.from_pretrained(Path(folder, "run", name)) for give, name in names.items()}
+        return {name: DiffGAPRefiner.from_pretrained(Path(folder, "run", sub)) for name, sub in NAMES.items()}
 
 
 class AtStrength:
@@ -100,43 +102,76 @@ class AtStrength:
         return self.refiner.score_features(x, **options)
 
 
-def choose(table: EmbeddingTable, seed: int) -> tuple[bool, float]:
-    """(give back, strength), from inner folds of these rows alone."""
-    pools: dict[Any, real_clap.Pool] = {}
+def inner_figures(table: EmbeddingTable, seeds: list[int]) -> dict[str, real_clap.Record]:
+    """Of centring and of every choice, "given back" or "trained" with a strength: means over seeds, inner folds pooled.
+
+    `r1` is fused, the mean of both directions; the others are of audio produced from captions.
+    """
+    pools: dict[str, dict[int, tuple[real_clap.Pool, real_clap.Pool]]] = {}
     for train, test in real_clap.splits(table):
-        models: dict[Any, Method] = {"centre": CentreBridge().fit(train.embeddings, train.ids)}
-        for give, refiner in fit_both(train, seed).items():
-            models |= {(give, strength): AtStrength(refiner, strength) for strength in STRENGTHS}
-        for name, model in models.items():
-            for direction in DIRECTIONS:
-                pools.setdefault((name, direction), real_clap.Pool()).add(model, test, direction)
-
-    def r1(give: bool) -> float:
-        return sum(float((pools[(give, STRENGTHS[0]), d].best() <= 1).double().mean()) for d in DIRECTIONS) / 2
-
-    give = r1(True) >= r1(False)
-    to_audio = DIRECTIONS[0]
-    centre = pools["centre", to_audio].manifold()
-    near = [s for s in STRENGTHS if no_farther(pools[(give, s), to_audio].manifold(), centre)]
-    strength = max(near, key=lambda s: cosine(pools[(give, s), to_audio])) if near else STRENGTHS[-1]
-    print(f"  inner R@1 given back {r1(True):.3f}, trained {r1(False):.3f}; strength {strength} of {near}", flush=True)
-    return give, strength
-
-
-def no_farther(found: real_clap.Record, centre: real_clap.Record) -> bool:
-    """By every measure."""
-    return all(found[k] >= centre[k] if k in MORE_IS_BETTER else found[k] <= centre[k] for k in real_clap.MANIFOLD)
-
-
-def cosine(pool: real_clap.Pool) -> float:
-    return float(sum(c.double().sum() for c in pool.cosines) / sum(len(c) for c in pool.cosines))
+        for seed in seeds:
+            models: dict[str, Method] = {"centre": CentreBridge().fit(train.embeddings, train.ids)}
+            for name, refiner in fit_both(train, seed).items():
+                models |= {f"{name} {strength}": AtStrength(refiner, strength) for strength in STRENGTHS}
+            for name, model in models.items():
+                both = pools.setdefault(name, {}).setdefault(seed, (real_clap.Pool(), real_clap.Pool()))
+                for pool, direction in zip(both, DIRECTIONS, strict=True):
+                    pool.add(model, test, direction)
+    return {
+        name: real_clap.mean_of(
+            [
+                {
+                    "r1": sum(float((p.best() <= 1).double().mean()) for p in both) / 2,
+                    "cosine": float(torch.cat(both[0].cosines).mean()),
+                    **both[0].manifold(),
+                }
+                for both in by_seed.values()
+            ]
+        )
+        for name, by_seed in pools.items()
+    }
 
 
-def fit_nested(table: EmbeddingTable, seed: int) -> Method:
-    """Choose on inner folds, then train on all of these rows."""
-    give, strength = choose(table, seed)
-    CHOSEN[f"{'given back' if give else 'trained'}, strength {strength}"] += 1
-    return AtStrength(fit_both(table, seed)[give], strength)
+def choose(figures: dict[str, real_clap.Record]) -> tuple[str, float]:
+    """(given back or trained, strength)."""
+    for name, found in figures.items():
+        farther = num_farther(found, figures["centre"])
+        print(f"  {name:16}", ", ".join(f"{k} {v:.3f}" for k, v in found.items()), f"farther by {farther}", flush=True)
+    kept = max(NAMES, key=lambda name: figures[f"{name} {STRENGTHS[0]}"]["r1"])
+    by_strength = {s: figures[f"{kept} {s}"] for s in STRENGTHS}
+    return kept, min(
+        STRENGTHS, key=lambda s: (num_farther(by_strength[s], figures["centre"]), -by_strength[s]["cosine"])
+    )
+
+
+def num_farther(found: real_clap.Record, centre: real_clap.Record) -> int:
+    """Measures by which it is farther from the real rows."""
+    return sum(
+        found[k] < centre[k] if k in MORE_IS_BETTER else max(found[k], 0) > max(centre[k], 0)
+        for k in real_clap.MANIFOLD
+    )
+
+
+def nested(seeds: list[int], kept: Path | None) -> real_clap.Fit:
+    """A method that chooses on inner folds, once for all seeds, then trains on all of the rows that it is given."""
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else {}
+    chosen: dict[str, tuple[str, float]] = {}
+
+    def fit_nested(table: EmbeddingTable, seed: int) -> Method:
+        left_out = sorted(set(range(5)) - set(table.columns["audio_fold"].tolist()))
+        fold = f"fold {left_out[0]}"
+        if fold not in known:
+            known[fold] = inner_figures(table, seeds)
+            if kept is not None:
+                kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        if fold not in chosen:
+            print(f"inner folds of all but {fold}")
+            chosen[fold] = choose(known[fold])
+            print(f"chosen: {chosen[fold][0]}, strength {chosen[fold][1]}", flush=True)
+        name, strength = chosen[fold]
+        return AtStrength(fit_both(table, seed)[name], strength)
+
+    return fit_nested
 
 
 def main() -> None:
@@ -144,6 +179,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bootstrap", type=int, default=1000, help="replicates of the intervals")
+    parser.add_argument("--inner", type=Path, metavar="PATH", help="keep the inner folds' figures there")
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args()
     path = options.data / "audiocaps_dev.npz"
@@ -152,7 +188,7 @@ def main() -> None:
     found = real_clap.cross_validate(
         real_clap.with_units(EmbeddingTable.read(path), "id"),
         DIRECTIONS,
-        {**bridges, "diffgap": (fit_nested, options.seeds)},
+        {**bridges, "diffgap": (nested(options.seeds, options.inner), options.seeds)},
         options.bootstrap,
         {c: real_clap.with_units(EmbeddingTable.read(p), "id") for c, p in altered.items()},
     )
@@ -160,7 +196,6 @@ def main() -> None:
         print(f"\naudiocaps_dev {condition}\n{format_table(rows)}\n")
         if not condition:
             print(f"{real_clap.format_manifold(rows)}\n")
-    print("chosen:", "; ".join(f"{name}: {n}" for name, n in CHOSEN.most_common()))
     if options.json:
         records = [{"dataset": f"audiocaps_dev {c}".strip(), **r} for c, rows in found.items() for r in rows]
         print(f"wrote {write_json(options.json, records)}")
