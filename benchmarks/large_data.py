@@ -2,6 +2,7 @@
 
     python benchmarks/large_data.py --pairs 5000 50000 --json curve.json           about 10 minutes on one core
     python benchmarks/large_data.py --pairs 500000 1000000 --methods cca mixture --json curve.json      9 GB of memory
+    python benchmarks/large_data.py --pairs 500000 --methods towers --tower-steps 3000 --json curve.json
     python benchmarks/large_data.py --pairs --json curve.json --plot docs/large_data.png
 
 Records are added to those that the JSON file holds; a method and size that is there already is measured again. "towers"
@@ -28,7 +29,7 @@ from diffgap_lightning.functional.gap import frechet_distance, mmd2
 from diffgap_lightning.refiner import DiffGAPRefiner
 
 Rows = dict[str, Tensor]
-BRIDGES: dict[str, Callable[[], Any]] = {
+BRIDGES: dict[str, Callable[..., Any]] = {
     "cca": CCABridge,
     "restored": partial(RestoredRidgeBridge, blend=0.0),
     "towers": partial(MLPBridge, start="random", width=512, batch_size=1024),
@@ -51,9 +52,11 @@ def training_rows(world: SyntheticWorld, pairs: int) -> Rows:
     return rows
 
 
-def fit(name: str, rows: Rows, world: SyntheticWorld, blend: float) -> Any:
+def fit(name: str, rows: Rows, world: SyntheticWorld, blend: float, tower_steps: int | None) -> Any:
     """A fitted method."""
     ids = {m: torch.arange(len(x)) for m, x in rows.items()}
+    if name.startswith("towers") and tower_steps:
+        return BRIDGES[name](max_steps=tower_steps).fit(rows, ids)
     if name in BRIDGES:
         return BRIDGES[name]().fit(rows, ids)
     refiner = DiffGAPRefiner.measure(rows, ids, max_pairs=len(rows["text"]), blend=blend)
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="*", default=[5000, 50_000])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["cca", "towers", "mixture", "diffgap"])
     parser.add_argument("--blend", type=float, default=0.0, help="of the refiner: share of the centred source")
+    parser.add_argument("--tower-steps", type=int, help="most steps of the towers; default: 20 epochs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add the records there")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw all records there")
     options = parser.parse_args()
@@ -123,7 +127,7 @@ def main() -> None:
         rows = training_rows(world, pairs)
         for name in options.methods:
             start = time.perf_counter()
-            model = fit(name, rows, world, options.blend)
+            model = fit(name, rows, world, options.blend, options.tower_steps)
             seconds = time.perf_counter() - start
             found.append({"method": name, "pairs": pairs, "seconds": seconds, **measure(model, test)})
             print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found[-1].items()))

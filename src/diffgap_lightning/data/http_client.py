@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 from aiohttp.resolver import ThreadedResolver
 
-from .hosts import Nearness, RefusedAddressError, literal_nearness, nearness
+from diffgap_lightning.data.hosts import Nearness, RefusedAddressError, literal_nearness, nearness
 
 # How near the next address of this request may be. One task makes all hops of a request, and no other request's.
 _REACH: ContextVar[Nearness] = ContextVar("reach", default=Nearness.LOOPBACK)
