@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .container import decode_errors, open_container, reason, seek_to, stream_seconds
-from .media import Media, MediaError, MediaLimits, iter_windows, need
+from diffgap_lightning.data.container import decode_errors, open_container, reason, seek_to, stream_seconds
+from diffgap_lightning.data.media import Media, MediaError, MediaLimits, iter_windows, need
 
 _SOUNDFILE = {"wav", "flac", "mp3", "ogg", "opus"}
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .catalog_rows import Where, csv_objects, csv_rows, jsonl_objects
-from .media import Media
-from .media_index import MediaIndex
+from diffgap_lightning.data.catalog_rows import Where, csv_objects, csv_rows, jsonl_objects
+from diffgap_lightning.data.media import Media
+from diffgap_lightning.data.media_index import MediaIndex
 
 FORMATS = ("audiocaps", "vggsound", "csv", "jsonl")
 CLIP_SECONDS = 10.0  # of AudioCaps and VGGSound

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .media import Media, MediaError, need
+from diffgap_lightning.data.media import Media, MediaError, need
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,aac,mp3,ogg,flac,wav"
 _OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}

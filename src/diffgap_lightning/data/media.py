@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .windows import cut_windows
+from diffgap_lightning.data.windows import cut_windows
 
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac")
 VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "mov", "avi")

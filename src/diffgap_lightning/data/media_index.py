@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media
+from diffgap_lightning.data.media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media
 
 _ORDER = {extension: i for i, extension in enumerate((*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS))}
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.atomic import replacing
-
-from .container import decode_errors, open_container, reason, stream_seconds
-from .media import Media, MediaError, MediaLimits, need
+from diffgap_lightning.data.container import decode_errors, open_container, reason, stream_seconds
+from diffgap_lightning.data.media import Media, MediaError, MediaLimits, need
 
 # Suffix -> FFmpeg's name of the container, and the audio codec that players expect in it.
 CONTAINERS = {".mp4": ("mp4", "aac"), ".mov": ("mov", "aac"), ".mkv": ("matroska", "aac"), ".webm": ("webm", "libopus")}

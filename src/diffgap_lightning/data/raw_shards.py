@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from .catalog import Clip
-from .media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media
-from .tar import iter_headers
-from .urls import check_url, expand_braces, expand_glob, is_remote, open_binary
+from diffgap_lightning.data.catalog import Clip
+from diffgap_lightning.data.media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media
+from diffgap_lightning.data.tar import iter_headers
+from diffgap_lightning.data.urls import check_url, expand_braces, expand_glob, is_remote, open_binary
 
 MAX_MEMBER_BYTES = 1 << 30
 _TEXT_BYTES = 1 << 20

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .hosts import Nearness, RefusedAddressError, literal_nearness
+from diffgap_lightning.data.hosts import Nearness, RefusedAddressError, literal_nearness
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs")
 RETRY_DELAYS = (0.5, 2.0)
@@ -158,7 +158,7 @@ def _remote(url: str) -> Any:
     scheme = url.partition("://")[0]
     try:
         if scheme.lower() in ("http", "https"):
-            from .http_client import http_session
+            from diffgap_lightning.data.http_client import http_session
 
             return fsspec.filesystem(scheme.lower(), get_client=http_session)
         return fsspec.filesystem(scheme.lower())

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .container import decode_errors, open_container, reason, seek_to, stream_seconds
-from .media import Media, MediaError, MediaLimits, iter_windows
+from diffgap_lightning.data.container import decode_errors, open_container, reason, seek_to, stream_seconds
+from diffgap_lightning.data.media import Media, MediaError, MediaLimits, iter_windows
 
 _TOLERANCE = 2e-3  # s; containers round timestamps to as little as 1 ms
 

@@ -16,14 +16,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from diffgap_lightning.data.manifest import MANIFEST_NAME
+from diffgap_lightning.embedding.corpus import Corpus
+from diffgap_lightning.embedding.decode import ClipDecoder, EmbedSettings
+from diffgap_lightning.embedding.merge import SUMMARY_NAME, EmbedSummary, finish
+from diffgap_lightning.embedding.module import EmbedModule
+from diffgap_lightning.embedding.part_writer import PartWriter
+from diffgap_lightning.embedding.parts import PARTS, PartStore, check_out, check_same_run, is_finished
 from diffgap_lightning.encoders.base import ContrastiveEncoder
-
-from .corpus import Corpus
-from .decode import ClipDecoder, EmbedSettings
-from .merge import SUMMARY_NAME, EmbedSummary, finish
-from .module import EmbedModule
-from .part_writer import PartWriter
-from .parts import PARTS, PartStore, check_out, check_same_run, is_finished
 
 
 def embed_corpus(

@@ -21,8 +21,7 @@ from diffgap_lightning.data.manifest import Manifest
 from diffgap_lightning.data.raw_shards import Skip
 from diffgap_lightning.data.shards import write_embedding_shards
 from diffgap_lightning.data.table import EmbeddingTable
-
-from .parts import PartStore, write_text
+from diffgap_lightning.embedding.parts import PartStore, write_text
 
 SUMMARY_NAME = "summary.json"
 SKIPPED_NAME = "skipped.jsonl"

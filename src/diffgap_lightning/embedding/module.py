@@ -15,12 +15,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from diffgap_lightning.data.raw_shards import Skip
+from diffgap_lightning.embedding.corpus import Corpus
+from diffgap_lightning.embedding.decode import ClipDecoder, EmbedSettings
+from diffgap_lightning.embedding.parts import PartStore
+from diffgap_lightning.embedding.stream import Packed, PartBatch, PartStream, part_loader
 from diffgap_lightning.encoders.base import ContrastiveEncoder, unit
-
-from .corpus import Corpus
-from .decode import ClipDecoder, EmbedSettings
-from .parts import PartStore
-from .stream import Packed, PartBatch, PartStream, part_loader
 
 
 @dataclass

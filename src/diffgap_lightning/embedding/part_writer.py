@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from diffgap_lightning.data.raw_shards import Skip
 from diffgap_lightning.data.table import EmbeddingTable
+from diffgap_lightning.embedding.parts import PartRecord, PartStore
 from diffgap_lightning.functional.pairs import hash_ids
 
-from .parts import PartRecord, PartStore
-
 if TYPE_CHECKING:
-    from .module import EncodedBatch
+    from diffgap_lightning.embedding.module import EncodedBatch
 
 MAX_CAPTION = 500  # characters of a text that are kept beside its embedding
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from diffgap_lightning.data.raw_shards import Skip
-
-from .corpus import Corpus
-from .decode import ClipDecoder, DecodedClip
+from diffgap_lightning.embedding.corpus import Corpus
+from diffgap_lightning.embedding.decode import ClipDecoder, DecodedClip
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import ContrastiveEncoder
+from diffgap_lightning.encoders.base import ContrastiveEncoder
 
 SHORT_NAMES: dict[str, str] = {
     "hashing": "diffgap_lightning.encoders.hashing.HashingEncoder",

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.data.windows import cut_windows
-
-from .base import ContrastiveEncoder, Transform, unit
-from .cavp_audio import TIME_REDUCTION
-from .cavp_inputs import SAMPLE_RATE, FrameTransform, MelTransform, mel_filters
-from .cavp_model import DIM, POOL, WIDTH, model_from_weights, random_model
-from .waveforms import item_means
-from .weights import read_weights, weights_digest
+from diffgap_lightning.encoders.base import ContrastiveEncoder, Transform, unit
+from diffgap_lightning.encoders.cavp_audio import TIME_REDUCTION
+from diffgap_lightning.encoders.cavp_inputs import SAMPLE_RATE, FrameTransform, MelTransform, mel_filters
+from diffgap_lightning.encoders.cavp_model import DIM, POOL, WIDTH, model_from_weights, random_model
+from diffgap_lightning.encoders.waveforms import item_means
+from diffgap_lightning.encoders.weights import read_weights, weights_digest
 
 FPS = 4.0
 _PASS = 40  # steps of a sequence that the network sees at once

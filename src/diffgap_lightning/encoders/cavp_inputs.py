@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cavp_audio import MEL_BANDS, TIME_REDUCTION
-from .optional import need
+from diffgap_lightning.encoders.cavp_audio import MEL_BANDS, TIME_REDUCTION
+from diffgap_lightning.encoders.optional import need
 
 SAMPLE_RATE = 16000
 HOP = 250

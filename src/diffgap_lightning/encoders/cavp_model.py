@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cavp_audio import MEL_BANDS, TIME_REDUCTION, Cnn14
-from .cavp_video import SlowOnly
+from diffgap_lightning.encoders.cavp_audio import MEL_BANDS, TIME_REDUCTION, Cnn14
+from diffgap_lightning.encoders.cavp_video import SlowOnly
 
 POOL = 16  # steps in a window
 DIM = 512

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder, unit
-from .file_rates import rate_cosines
-from .probes import TEXTS, probe
+from diffgap_lightning.encoders.base import ContrastiveEncoder, unit
+from diffgap_lightning.encoders.file_rates import rate_cosines
+from diffgap_lightning.encoders.probes import TEXTS, probe
 
 COLLAPSED = 0.98  # mean cosine between different items; usable encoders stay below 0.9
 _SAME = 0.9999

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder
-from .probes import chirp
+from diffgap_lightning.encoders.base import ContrastiveEncoder
+from diffgap_lightning.encoders.probes import chirp
 
 FILE_RATES = (16000, 44100)
 _SECONDS = 3.0

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder, unit
+from diffgap_lightning.encoders.base import ContrastiveEncoder, unit
 
 _BANDS = 40
 _FRAME = 0.064  # s

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .optional import need
+from diffgap_lightning.encoders.optional import need
 
 ALLOW = "allow it with download=True (--encoder.download true)"
 _TIMEOUT = 10.0  # s

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder, Transform
-from .checks import check_at_load, check_vocabulary
-from .hub import ALLOW, cached_file, download_file, local_folder
-from .laion_network import EXTRA, audio_model, has_fusion, load_clap
-from .optional import need, package_folder
-from .precision import InFloat32
-from .texts import check_texts
-from .waveforms import FitWaveform, LongAudio, fused_mel, item_means, log_mel
-from .weights import read_weights, weights_digest
+from diffgap_lightning.encoders.base import ContrastiveEncoder, Transform
+from diffgap_lightning.encoders.checks import check_at_load, check_vocabulary
+from diffgap_lightning.encoders.hub import ALLOW, cached_file, download_file, local_folder
+from diffgap_lightning.encoders.laion_network import EXTRA, audio_model, has_fusion, load_clap
+from diffgap_lightning.encoders.optional import need, package_folder
+from diffgap_lightning.encoders.precision import InFloat32
+from diffgap_lightning.encoders.texts import check_texts
+from diffgap_lightning.encoders.waveforms import FitWaveform, LongAudio, fused_mel, item_means, log_mel
+from diffgap_lightning.encoders.weights import read_weights, weights_digest
 
 CHECKPOINTS = (
     "630k-best",

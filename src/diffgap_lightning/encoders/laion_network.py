@@ -16,7 +16,7 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-from .optional import missing, package_folder
+from diffgap_lightning.encoders.optional import missing, package_folder
 
 EXTRA = "laion-clap"
 _TEXT = "text_branch."

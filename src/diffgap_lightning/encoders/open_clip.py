@@ -19,13 +19,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from .base import ContrastiveEncoder, Transform
-from .checks import check_at_load
-from .open_clip_files import EXTRA, find_model, offline_unless, text_tower_missing
-from .optional import need
-from .texts import check_texts
-from .waveforms import item_means
-from .weights import loading, weights_digest
+from diffgap_lightning.encoders.base import ContrastiveEncoder, Transform
+from diffgap_lightning.encoders.checks import check_at_load
+from diffgap_lightning.encoders.open_clip_files import EXTRA, find_model, offline_unless, text_tower_missing
+from diffgap_lightning.encoders.optional import need
+from diffgap_lightning.encoders.texts import check_texts
+from diffgap_lightning.encoders.waveforms import item_means
+from diffgap_lightning.encoders.weights import loading, weights_digest
 
 _BATCH = 64  # frames at a time
 _PREPROCESSING = 1  # raise whenever the same input would give other embeddings

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from .hub import ALLOW, cached_file, check_reachable, how_to_fetch, local_folder
-from .optional import need
+from diffgap_lightning.encoders.hub import ALLOW, cached_file, check_reachable, how_to_fetch, local_folder
+from diffgap_lightning.encoders.optional import need
 
 EXTRA = "open-clip"
 HUB, FOLDER = "hf-hub:", "local-dir:"

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ContrastiveEncoder, Transform
-from .checks import check_at_load, check_vocabulary
-from .hub import local_folder
-from .optional import need
-from .precision import InFloat32
-from .texts import check_texts
-from .waveforms import FitWaveform, LongAudio, fused_mel, item_means, log_mel
-from .weights import loading, weights_digest
+from diffgap_lightning.encoders.base import ContrastiveEncoder, Transform
+from diffgap_lightning.encoders.checks import check_at_load, check_vocabulary
+from diffgap_lightning.encoders.hub import local_folder
+from diffgap_lightning.encoders.optional import need
+from diffgap_lightning.encoders.precision import InFloat32
+from diffgap_lightning.encoders.texts import check_texts
+from diffgap_lightning.encoders.waveforms import FitWaveform, LongAudio, fused_mel, item_means, log_mel
+from diffgap_lightning.encoders.weights import loading, weights_digest
 
 EXTRA = "transformers"
 _FILES = (

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.data.windows import cut_windows
-
-from .base import unit
-from .precision import without_autocast
+from diffgap_lightning.encoders.base import unit
+from diffgap_lightning.encoders.precision import without_autocast
 
 LongAudio = Literal["mean", "first"]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .clip_folder import SUFFIXES
+from diffgap_lightning.evaluation.clip_folder import SUFFIXES
 
 CLIP_FIELDS = ("file", "name", "id", "key", "clip")
 CAPTION_FIELDS = ("caption", "text", "prompt")

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from diffgap_lightning.data.audio import audio_windows
 from diffgap_lightning.data.media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, Media, MediaError
-
-from .features import FeatureExtractor, Features
+from diffgap_lightning.evaluation.features import FeatureExtractor, Features
 
 SUFFIXES = {f".{extension}" for extension in (*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS)}
 _BATCH = 16  # clips in memory at a time, and as many decoded ahead

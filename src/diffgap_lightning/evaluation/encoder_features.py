@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.encoders.base import ContrastiveEncoder
-
-from .features import FeatureExtractor, Features
+from diffgap_lightning.evaluation.features import FeatureExtractor, Features
 
 _BATCH = 32
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.evaluation.bootstrap import interval, resample_counts, resampled_means
+from diffgap_lightning.evaluation.clip_folder import ClipFolder, Progress, extract, some
+from diffgap_lightning.evaluation.features import FeatureExtractor, Features
 from diffgap_lightning.functional.frechet import frechet_distance
 from diffgap_lightning.functional.generation import (
     IS_SPLITS,
@@ -28,9 +30,6 @@ from diffgap_lightning.functional.generation import (
     kernel_audio_distance,
     kl_divergences,
 )
-
-from .clip_folder import ClipFolder, Progress, extract, some
-from .features import FeatureExtractor, Features
 
 METRICS = ("fad", "fd", "kad", "kl", "is", "clap")
 LESS_IS_BETTER = {"fad": True, "fd": True, "kad": True, "kl": True, "is": False, "clap": False}

@@ -22,9 +22,8 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from diffgap_lightning.data.media import need
 from diffgap_lightning.encoders.weights import read_weights
-
-from .classifier_weights import file_sha256, fill, need_key
-from .features import FeatureExtractor, Features
+from diffgap_lightning.evaluation.classifier_weights import file_sha256, fill, need_key
+from diffgap_lightning.evaluation.features import FeatureExtractor, Features
 
 MIN_SAMPLES = 32000
 BANDS = 64

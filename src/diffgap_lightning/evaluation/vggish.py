@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from diffgap_lightning.encoders.weights import read_weights
-
-from .classifier_weights import file_sha256, fill, need_key
-from .features import FeatureExtractor, Features
+from diffgap_lightning.evaluation.classifier_weights import file_sha256, fill, need_key
+from diffgap_lightning.evaluation.features import FeatureExtractor, Features
 
 SAMPLE_RATE = 16000
 WINDOW, HOP, FFT = 400, 160, 512

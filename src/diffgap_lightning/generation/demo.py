@@ -13,10 +13,9 @@ import torch
 
 from diffgap_lightning.data.media import Media, MediaError
 from diffgap_lightning.data.mux import playable_suffix, write_video_with_audio
-
-from .items import text_item, video_item
-from .page import SCORES
-from .rendering import VERSIONS, Renderer, Sound
+from diffgap_lightning.generation.items import text_item, video_item
+from diffgap_lightning.generation.page import SCORES
+from diffgap_lightning.generation.rendering import VERSIONS, Renderer, Sound
 
 MAX_PROMPT = 500  # characters
 _KEPT = 8  # requests whose videos stay on disk

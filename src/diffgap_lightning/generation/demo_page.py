@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from diffgap_lightning.encoders.optional import need
-
-from .demo import MAX_PROMPT, Demo
-from .rendering import VERSIONS, Renderer, Sound
-from .spectrogram import spectrogram_pngs
+from diffgap_lightning.generation.demo import MAX_PROMPT, Demo
+from diffgap_lightning.generation.rendering import VERSIONS, Renderer, Sound
+from diffgap_lightning.generation.spectrogram import spectrogram_pngs
 
 HOST = "127.0.0.1"
 _FONTS = ["system-ui", "sans-serif"]

@@ -13,8 +13,8 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from .folder import Record
-from .rendering import VERSIONS
+from diffgap_lightning.generation.folder import Record
+from diffgap_lightning.generation.rendering import VERSIONS
 
 SCORES = {
     "clap": ("CLAP", "cosine of the sound's and the prompt's embedding, as the scorer gives them"),

@@ -20,15 +20,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffgap_lightning.data.mux import read_wav
+from diffgap_lightning.generation.folder import Record, RunFolder
+from diffgap_lightning.generation.items import text_item
+from diffgap_lightning.generation.loading import Backend, load_generator
+from diffgap_lightning.generation.rendering import Renderer
+from diffgap_lightning.generation.run import GenerationRun
+from diffgap_lightning.generation.settings import GenerationSettings
 from diffgap_lightning.integrations.diffusers_generator import as_generator
 from diffgap_lightning.integrations.generator import EmbeddingGenerator
-
-from .folder import Record, RunFolder
-from .items import text_item
-from .loading import Backend, load_generator
-from .rendering import Renderer
-from .run import GenerationRun
-from .settings import GenerationSettings
 
 
 class RenderSamples(Callback):

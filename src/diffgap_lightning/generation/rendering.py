@@ -21,13 +21,12 @@ from torch.nn.functional import normalize
 
 from diffgap_lightning.data.media import Media, MediaLimits
 from diffgap_lightning.encoders.base import ContrastiveEncoder
+from diffgap_lightning.generation.settings import GenerationSettings
 from diffgap_lightning.integrations.candidates import embed_waveforms, rank_candidates
 from diffgap_lightning.integrations.conditions import RefineOptions, refine_rows
 from diffgap_lightning.integrations.generator import EmbeddingGenerator, derive_seed
 from diffgap_lightning.integrations.video_to_audio import VideoToAudioPipeline
 from diffgap_lightning.refiner import DiffGAPRefiner
-
-from .settings import GenerationSettings
 
 VERSIONS = {
     "plain": "without refiner",

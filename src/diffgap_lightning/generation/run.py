@@ -11,12 +11,11 @@ from diffgap_lightning.atomic import replacing
 from diffgap_lightning.data.audio import audio_windows
 from diffgap_lightning.data.media import Media, MediaError
 from diffgap_lightning.data.mux import playable_suffix, write_video_with_audio, write_wav
-
-from .folder import PAGE_NAME, Record, RunFolder
-from .items import Item
-from .page import render_page
-from .rendering import Renderer, Sound
-from .spectrogram import spectrogram_pngs
+from diffgap_lightning.generation.folder import PAGE_NAME, Record, RunFolder
+from diffgap_lightning.generation.items import Item
+from diffgap_lightning.generation.page import render_page
+from diffgap_lightning.generation.rendering import Renderer, Sound
+from diffgap_lightning.generation.spectrogram import spectrogram_pngs
 
 _PAGE_SHARE = 0.1  # the page is written again when it lacks this share of the finished items
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .audioldm import load_audioldm, repaired
-from .generator import check_request, fit_length
-from .seam import class_names
+from diffgap_lightning.integrations.audioldm import load_audioldm, repaired
+from diffgap_lightning.integrations.generator import check_request, fit_length
+from diffgap_lightning.integrations.seam import class_names
 
 MODEL_NAMES = (
     "audioldm-s-full", "audioldm-s-full-v2", "audioldm-s-text-ft", "audioldm-m-text-ft", "audioldm-m-full",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .conditioner import Conditioner
-from .diffusers import find
-from .generator import EmbeddingGenerator, check_request, fit_length
+from diffgap_lightning.integrations.conditioner import Conditioner
+from diffgap_lightning.integrations.diffusers import find
+from diffgap_lightning.integrations.generator import EmbeddingGenerator, check_request, fit_length
 
 PIPELINES = ("AudioLDMPipeline", "MusicLDMPipeline", "AudioLDM2Pipeline")
 

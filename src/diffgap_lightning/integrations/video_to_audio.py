@@ -24,12 +24,11 @@ from diffgap_lightning.data.media import Media, MediaError, MediaLimits
 from diffgap_lightning.data.mux import video_seconds, write_video_with_audio
 from diffgap_lightning.data.video import video_windows
 from diffgap_lightning.encoders.base import ContrastiveEncoder
+from diffgap_lightning.integrations.conditions import RefineOptions, refine_rows
+from diffgap_lightning.integrations.crossfade import join_windows, spread_windows
+from diffgap_lightning.integrations.diffusers_generator import as_generator
+from diffgap_lightning.integrations.generator import EmbeddingGenerator, derive_seed
 from diffgap_lightning.refiner import DiffGAPRefiner
-
-from .conditions import RefineOptions, refine_rows
-from .crossfade import join_windows, spread_windows
-from .diffusers_generator import as_generator
-from .generator import EmbeddingGenerator, derive_seed
 
 _CROSSFADE = 0.5  # s
 
