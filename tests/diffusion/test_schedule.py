@@ -112,6 +112,10 @@ def test_sampling_times_descend_in_equal_steps_to_zero(steps, start) -> None:
     torch.testing.assert_close(-times.diff(), torch.full((steps,), start / steps))
 
 
+def test_sampling_times_begin_at_pure_noise_unless_told_otherwise() -> None:
+    assert sampling_times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
 @pytest.mark.parametrize(
     ("steps", "start", "words"),
     [(0, 1.0, "num_steps: got 0"), (5, 1.1, "strength: got 1.1"), (5, -0.1, "strength"), (5, math.nan, "strength")],
