@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -47,9 +48,10 @@ def test_a_leak_is_seen(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.Mo
 
     class Leak(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            held.extend(
-                (os.open(os.devnull, os.O_RDONLY), np.ones(5 * 2**20))
-            )  # 40 MiB: beyond what an allocator keeps at hand
+            # Pages of its own: an allocator may have an array's at hand, from tests before this one.
+            pages = mmap.mmap(-1, 40 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.write(b"1" * len(pages))
+            held.extend((os.open(os.devnull, os.O_RDONLY), pages))
 
     monkeypatch.setattr(soak, "SaveRefiner", Leak)
     try:
