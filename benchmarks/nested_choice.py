@@ -20,8 +20,6 @@ The recipe with the chosen settings then trains on all training rows and is meas
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -38,7 +36,6 @@ from torch import Tensor
 
 import real_clap
 from diffgap_lightning.bridges import CentreBridge
-from diffgap_lightning.cli.trainer import fit
 from diffgap_lightning.data import EmbeddingTable
 from diffgap_lightning.evaluation.comparison import Method
 from diffgap_lightning.evaluation.report import format_table, write_json
@@ -67,24 +64,11 @@ def fit_both(table: EmbeddingTable, seed: int) -> dict[str, DiffGAPRefiner]:
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"].endswith("GiveBackValidation"):
             callback["class_path"] = "nested_choice.GiveBackBoth"
-    train, val = real_clap.hold_out(table, 0.2, seed)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        arguments = {
-            "config": path,
-            "data.path": train.write(Path(folder, "train.npz")),
-            "data.val_path": val.write(Path(folder, "val.npz")),
-            "data.test_fraction": 0,
-            "seed_everything": seed,
-            "model.seed": seed,
-            "trainer.default_root_dir": Path(folder, "run"),
-            "trainer.logger": "false",
-            "trainer.enable_progress_bar": "false",
-            "trainer.enable_model_summary": "false",
-        }
-        fit([f"--{name}={value}" for name, value in arguments.items()])
-        return {name: DiffGAPRefiner.from_pretrained(Path(folder, "run", sub)) for name, sub in NAMES.items()}
+        run = real_clap.run_fit(table, seed, Path(folder), path)
+        return {name: DiffGAPRefiner.from_pretrained(run / sub) for name, sub in NAMES.items()}
 
 
 class AtStrength:

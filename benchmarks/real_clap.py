@@ -78,22 +78,29 @@ def takes_seed(make: Callable[..., Bridge]) -> bool:
 
 def fit_refiner(table: EmbeddingTable, seed: int) -> DiffGAPRefiner:
     """`diffgap fit --config configs/table.yaml` on four fifths of the units; it stops and calibrates on the others."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train, val = hold_out(table, 0.2, seed)
-        arguments = {
-            "config": CONFIG,
-            "data.path": train.write(Path(folder, "train.npz")),
-            "data.val_path": val.write(Path(folder, "val.npz")),
-            "data.test_fraction": 0,
-            "seed_everything": seed,
-            "model.seed": seed,
-            "trainer.default_root_dir": folder,
-            "trainer.logger": "false",
-            "trainer.enable_progress_bar": "false",
-            "trainer.enable_model_summary": "false",
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        return DiffGAPRefiner.from_pretrained(run_fit(table, seed, Path(folder)) / "refiner")
+
+
+def run_fit(table: EmbeddingTable, seed: int, folder: Path, config: Path = CONFIG) -> Path:
+    """The folder of a run, inside a temporary one, of `diffgap fit --config ...` as in `fit_refiner`."""
+    train, val = hold_out(table, 0.2, seed)
+    run = folder / "run"
+    arguments = {
+        "config": config,
+        "data.path": train.write(folder / "train.npz"),
+        "data.val_path": val.write(folder / "val.npz"),
+        "data.test_fraction": 0,
+        "seed_everything": seed,
+        "model.seed": seed,
+        "trainer.default_root_dir": run,
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
         fit([f"--{name}={value}" for name, value in arguments.items()])
-        return DiffGAPRefiner.from_pretrained(Path(folder, "refiner"))
+    return run
 
 
 def hold_out(table: EmbeddingTable, share: float, seed: int) -> tuple[EmbeddingTable, EmbeddingTable]:

@@ -90,7 +90,7 @@ class GaussianDenoiser(nn.Module):
     def measure(self, residual: Tensor, target: Tensor) -> None:
         """Take the covariances of residuals and of targets, both `(P, R_t)`."""
         for i, rows in enumerate((residual, target)):
-            variance, basis = torch.linalg.eigh(_shrunk_covariance(rows))
+            variance, basis = torch.linalg.eigh(shrunk_covariance(rows))
             self.variance[i].copy_(variance.clamp(min=1e-6))
             self.basis[i].copy_(basis)
 
@@ -150,10 +150,11 @@ def _leverages(x: Tensor, penalty: float) -> Tensor:
     return torch.cat([((chunk @ inverse) * chunk).sum(1) for chunk in wide]).clamp(0, 0.9).to(x)
 
 
-def _shrunk_covariance(rows: Tensor) -> Tensor:
+def shrunk_covariance(rows: Tensor, num_pairs: int | None = None) -> Tensor:
+    """Second moment `(R, R)` of rows `(N, R)`, shrunk to a multiple of the identity as that of `num_pairs` (N) is."""
     n, dim = rows.shape
     covariance = second_moment(rows) / n
-    share = dim / (dim + n)
+    share = dim / (dim + (num_pairs or n))
     prior = covariance.trace() / dim
     covariance *= 1 - share
     covariance.diagonal().add_(share * prior)

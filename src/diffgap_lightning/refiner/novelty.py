@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffgap_lightning.functional.linear import second_moment
+from diffgap_lightning.gaussian import shrunk_covariance
 from diffgap_lightning.space import EmbeddingSpace
 
 _FOLDS = 3
@@ -77,10 +77,4 @@ def typical_distances(rows: Tensor, ids: Tensor, rank: int, num_pairs: int) -> l
 
 def shrunk_precision(z: Tensor, num_pairs: int) -> Tensor:
     """Inverse of the covariance of coordinates `(N, R)`, shrunk as a closed form's of so many pairs: `(R, R)`."""
-    n, dim = z.shape
-    covariance = second_moment(z) / n
-    share = dim / (dim + num_pairs)
-    prior = covariance.trace() / dim
-    covariance *= 1 - share
-    covariance.diagonal().add_(share * prior)
-    return torch.linalg.inv(covariance)
+    return torch.linalg.inv(shrunk_covariance(z, num_pairs))
